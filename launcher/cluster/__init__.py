@@ -1,0 +1,1 @@
+"""Hardware as data, and how to find out what this machine is."""

@@ -1,0 +1,251 @@
+"""Command-line words -> composed configuration -> Job. The only place for Hydra and OmegaConf.
+
+Hydra's term Launcher (`hydra/launcher=...`) is a different thing from this package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+import strategies
+from launcher.cluster import detect
+from launcher.cluster.spec import ClusterSpec
+from launcher.config import Job
+from launcher.decode import decode, encode
+from launcher.defaults import complete_training
+from launcher.errors import ClusterError, ConfigError
+from strategies import engine_options
+from strategies.hf_config import from_hf_config
+from strategies.model_spec import ModelSpec
+from strategies.names import suggest
+
+# Groups of keys that no YAML lists: what is passed through, and where a model may come from.
+OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
+
+
+def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
+    """Let Hydra read `arguments` (its own flags included) and call `task` for each job they describe."""
+
+    @hydra.main(version_base="1.3", config_path="pkg://hydra_configs", config_name="config")
+    def application(config: DictConfig) -> None:
+        task(build_job(config))
+
+    # With this set Hydra raises instead of printing; the sentence is ours to make.
+    with _environment("HYDRA_FULL_ERROR", "1"), _argv([sys.argv[0], *map(_open, arguments)]):
+        try:
+            application()
+        except MissingConfigException as error:
+            raise ConfigError(_missing_option(error)) from error
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(_first_cause(error)) from error
+
+
+def complete_shell(arguments: Sequence[str], verbs: Sequence[str]) -> None:
+    """Serve Hydra's tab completion (`-sc install=bash`); the verb is ours, so Hydra must not see it."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if "query=" in " ".join(arguments) and len(words) < (3 if not line.endswith(" ") else 2):
+        start = words[1] if len(words) > 1 else ""
+        print("\n".join(verb for verb in verbs if verb.startswith(start)))
+        return
+    rest = line.split(maxsplit=2)[2:] if len(words) > 1 else []
+    with _environment("COMP_LINE", " ".join([*words[:1], *rest]) + ("" if rest else " ")):
+        run_hydra(arguments, lambda job: None)
+
+
+def build_job(config: DictConfig) -> Job:
+    """Decode a composed configuration strictly; fill in what `null` leaves to the machine and the model."""
+    container = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(container, dict)
+    plain = {str(key): value for key, value in container.items()}
+    plain.pop("experiment", None)
+    model = _section(plain, "model")
+    hf_config, weights = _model_source(model)
+    spec = decode(ModelSpec, model, "model") if hf_config is None else _read_hf_config(hf_config)
+    cluster = _cluster(_section(plain, "cluster"))
+    job = decode(
+        Job,
+        {
+            **plain,
+            "model": encode(spec),
+            "cluster": encode(cluster),
+            "training": complete_training(_section(plain, "training"), model=spec, cluster=cluster),
+            "hf_config": str(hf_config) if hf_config else None,
+            "weights": str(weights) if weights else None,
+        },
+    )
+    _check_strategy(job)
+    return job
+
+
+def installed_strategies() -> list[str]:
+    """Engines that strategy=auto may choose from: all whose package is here."""
+    return [name for name in strategies.ENGINE_PACKAGES if missing_package(name) is None]
+
+
+def missing_package(strategy: str) -> str | None:
+    """The package that `strategy` needs and that is not installed, or None."""
+    package = strategies.ENGINE_PACKAGES.get(strategy)
+    return package if package and importlib.util.find_spec(package) is None else None
+
+
+def _check_strategy(job: Job) -> None:
+    if job.strategy.name == "auto":
+        if job.strategy.engine:
+            raise ConfigError(
+                f"strategy.engine={dict(job.strategy.engine)} needs one engine; name it with strategy=NAME"
+            )
+        return
+    try:
+        adapter = strategies.load(job.strategy.name)
+        engine_options.check(job.strategy.engine, adapter.capabilities)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _section(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}={value!r} must be a group of keys; pick one with {key}=NAME")
+    return value
+
+
+def _model_source(model: dict[str, Any]) -> tuple[Path | None, Path | None]:
+    """Take model.hf_config and model.weights out of the section; weights imply their own config.json."""
+    hf_config, weights = model.pop("hf_config", None), model.pop("weights", None)
+    folder = Path(weights).expanduser().absolute() if weights else None
+    if folder is not None:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"model.weights={weights} is not a folder; give a Hugging Face checkpoint folder"
+            )
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"model.weights={weights} holds no *.safetensors file; give a Hugging Face checkpoint folder"
+            )
+        hf_config = hf_config or str(folder)
+    if not hf_config:
+        return None, None
+    path = Path(hf_config).expanduser().absolute()
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(
+            f"model.hf_config={hf_config} does not exist; give a Hugging Face config.json or its folder"
+        )
+    return path, folder
+
+
+def _read_hf_config(path: Path) -> ModelSpec:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(
+            f"model.hf_config={path} cannot be read as JSON; give a Hugging Face config.json"
+        ) from error
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"model.hf_config={path} does not hold a JSON object; give a Hugging Face config.json"
+        )
+    try:
+        return from_hf_config(data, name=path.parent.name or "hf_config")
+    except ValueError as error:
+        raise ConfigError(f"model.hf_config={path}: {error}") from error
+
+
+def _cluster(section: Mapping[str, Any]) -> ClusterSpec:
+    section = _match_torchrun(section)
+    if section.get("name") == "local":
+        section = detect.complete(section)
+    return decode(ClusterSpec, section, "cluster")
+
+
+def _match_torchrun(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Under torchrun the world is given: the local cluster takes its size, any other must agree with it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return section
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    given = {"num_nodes": int(os.environ["WORLD_SIZE"]) // per_node, "gpus_per_node": per_node}
+    for key, value in given.items():
+        if section.get(key) not in (None, value) and not (
+            section.get("name") == "local" and key == "num_nodes"
+        ):
+            raise ClusterError(
+                f"cluster.{key}={section.get(key)} does not match torchrun, which started {given['num_nodes']} "
+                f"nodes of {per_node} processes; set cluster.{key}={value} or leave it out"
+            )
+    return {**section, **given}
+
+
+# ---- Hydra's faults in one sentence -------------------------------------------------------------------------------
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    name = str(error.missing_cfg_file or "")
+    group, _, option = name.rpartition("/")
+    if group and error.options is not None:
+        return f"{group}={option} is unknown; {suggest(option, error.options)}"
+    return str(error).splitlines()[0]
+
+
+def _first_cause(error: BaseException) -> str:
+    """The innermost cause knows the key; the outer message repeats the override."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ConfigKeyError | OmegaConfBaseException) and cause.parent_node is not None:
+            keys = (
+                [str(key) for key in cause.parent_node] if isinstance(cause.parent_node, DictConfig) else []
+            )
+            return f"unknown key '{cause.full_key}'; {suggest(str(cause.key), keys)}"
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return _plain_override_error(text)
+
+
+def _plain_override_error(text: str) -> str:
+    group = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
+    if group:
+        return f"'{group[1]}' is not a group of the configuration; `meshwright plan --help` lists them"
+    syntax = re.search(r"Error parsing override '([^']+)'", text)
+    if syntax:
+        return f"'{syntax[1]}' is not an override; write key=value"
+    return text
+
+
+def _open(argument: str) -> str:
+    return f"++{argument}" if OPEN_KEYS.match(argument) else argument
+
+
+@contextmanager
+def _environment(key: str, value: str) -> Iterator[None]:
+    before = os.environ.get(key)
+    os.environ[key] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+@contextmanager
+def _argv(words: list[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = words
+    try:
+        yield
+    finally:
+        sys.argv = before

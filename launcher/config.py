@@ -1,0 +1,86 @@
+"""The whole configuration on one page: Job and its sections, as the frozen config.yaml holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from launcher.checkpoint import CheckpointPolicy
+from launcher.cluster.spec import ClusterSpec
+from launcher.data.config import DataConfig
+from launcher.monitor.config import MonitorConfig
+from launcher.planner.search import PlanRequest
+from strategies.model_spec import ModelSpec
+from strategies.spec import TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """Which engine, and keys passed through to it after a strict check."""
+
+    name: str
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitConfig:
+    """How workers are started here."""
+
+    name: Literal["local"] = "local"
+    port: int | None = None  # rendezvous port on this host; null: a free one
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """When the validation split is read, and how much of it."""
+
+    interval: int = 0  # steps between evaluations; 0: only after the last step
+    num_sequences: int = 64  # per evaluation, over all ranks; rounded up to whole global batches
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChecksConfig:
+    """Questions asked after a run; a `no` is exit code 11."""
+
+    loss_falls: bool = False
+    resume_is_exact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything one run needs, decoded."""
+
+    model: ModelSpec
+    cluster: ClusterSpec
+    training: TrainingSpec
+    data: DataConfig
+    plan: PlanRequest
+    strategy: StrategyConfig
+    submit: SubmitConfig
+    monitor: MonitorConfig
+    checkpoint: CheckpointPolicy
+    evaluation: EvaluationConfig
+    checks: ChecksConfig
+    weights: str | None = None  # folder of Hugging Face weights to start from; null: a seeded random start
+    hf_config: str | None = None  # the Hugging Face config.json the model came from
+    run_dir: str | None = None  # null: runs/<time>-<model>-<strategy>
+    stop_at_step: int | None = None  # leave with a checkpoint after this step, as a stop file would
+
+    def __post_init__(self) -> None:
+        interval, num_steps = self.checkpoint.interval, self.training.num_steps
+        if self.checks.resume_is_exact and not 0 < interval < num_steps:
+            raise ValueError(
+                f"checks.resume_is_exact=true needs a checkpoint before the last step; set checkpoint.interval "
+                f"between 1 and {num_steps - 1} (it is {interval})"
+            )
+        if self.stop_at_step is not None and self.stop_at_step < 1:
+            raise ValueError(
+                f"stop_at_step={self.stop_at_step} must be at least 1; null runs to training.num_steps"
+            )
+        for key in ("interval", "num_sequences"):
+            lowest = 0 if key == "interval" else 1
+            if getattr(self.evaluation, key) < lowest:
+                raise ValueError(
+                    f"evaluation.{key}={getattr(self.evaluation, key)} must be at least {lowest}"
+                )

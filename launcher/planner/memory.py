@@ -1,0 +1,203 @@
+"""Bytes per rank, from first principles: states by ZeRO stage, activations by layer, the loss' workspace.
+
+States: Rajbhandari et al. 2020 (ZeRO), section 3 and figure 1. Activations: Korthikanti et al. 2022, equations
+1 to 6, with fused attention (no term in the square of the sequence) and without dropout (no masks), and counted
+per matrix, so that gated MLPs, grouped queries and experts are covered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.planner.cost import MemoryCost
+from strategies.base import StateBytes
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShape:
+    """What one pipeline stage holds: its layers, and the parameters of one of its ranks."""
+
+    index: int
+    dense_layers: int
+    moe_layers: int
+    has_embedding: bool
+    has_head: bool
+    parameters: float  # sharded by ZeRO over dp * cp ranks
+    expert_parameters: float  # sharded over the ranks that hold the same experts
+    layer_parameters: float  # of one of its largest layers: what ZeRO 3 gathers at a time
+    root_parameters: float  # embedding and head: gathered as one unit
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this stage."""
+        return self.dense_layers + self.moe_layers
+
+
+def stages_of(model: ModelSpec, plan: Plan) -> tuple[StageShape, ...]:
+    """Return the stages among which the fullest and the slowest one are: first, first without dense layers, last."""
+    indices = {0, plan.pp - 1}
+    if model.moe:
+        per_chunk = model.num_layers // (plan.pp * plan.vp)
+        indices.add(min(plan.pp - 1, -(-model.moe.num_dense_layers // per_chunk)))
+    return tuple(_stage(model, plan, index) for index in sorted(indices))
+
+
+def _stage(model: ModelSpec, plan: Plan, index: int) -> StageShape:
+    per_chunk = model.num_layers // (plan.pp * plan.vp)
+    first_layers = [(chunk * plan.pp + index) * per_chunk for chunk in range(plan.vp)]
+    num_dense = model.num_layers - model.num_moe_layers
+    dense = sum(min(per_chunk, max(0, num_dense - first)) for first in first_layers)
+    moe = per_chunk * plan.vp - dense
+    has_embedding, has_head = index == 0, index == plan.pp - 1
+    root = model.embedding_parameters / plan.tp if has_embedding else 0.0
+    # A tied head on another stage than the token table is a copy of it.
+    if has_head and (plan.pp > 1 or not model.tied_embeddings):
+        root += model.vocab_size * model.hidden_size / plan.tp
+    experts = _experts_per_layer(model, plan)
+    dense_layer, moe_layer = model.dense_layer_parameters / plan.tp, model.moe_layer_parameters(0) / plan.tp
+    return StageShape(
+        index=index,
+        dense_layers=dense,
+        moe_layers=moe,
+        has_embedding=has_embedding,
+        has_head=has_head,
+        parameters=root + dense * dense_layer + moe * moe_layer,
+        expert_parameters=moe * experts,
+        layer_parameters=max(dense_layer if dense else 0.0, moe_layer + experts if moe else 0.0),
+        root_parameters=root,
+    )
+
+
+def _experts_per_layer(model: ModelSpec, plan: Plan) -> float:
+    """Return the parameters of the experts of one layer on one rank."""
+    return model.moe.num_experts * model.expert_parameters / (plan.ep * plan.etp) if model.moe else 0.0
+
+
+def stage_memory(
+    model: ModelSpec, *, plan: Plan, training: TrainingSpec, state: StateBytes, stage: StageShape
+) -> tuple[MemoryCost, float]:
+    """Return bytes on the device and bytes on the host, for one rank of `stage`."""
+    device = {
+        "weights": _sharded(stage, plan, state.weights, sharded=plan.zero_stage >= 3),
+        "gradients": _sharded(stage, plan, state.gradients, sharded=plan.zero_stage >= 2),
+        "optimizer": _sharded(stage, plan, state.optimizer, sharded=plan.zero_stage >= 1),
+    }
+    host = dict.fromkeys(device, 0.0)
+    # Sharded gradients follow the optimizer, which reads them on the host (ZeRO-Offload, section 4).
+    moved = (
+        ("weights", plan.offload_parameters),
+        ("gradients", plan.offload_optimizer and plan.zero_stage >= 2),
+        ("optimizer", plan.offload_optimizer),
+    )
+    for part, on_host in moved:
+        if on_host:
+            device[part], host[part] = 0.0, device[part]
+    cost = MemoryCost(
+        weights=device["weights"],
+        gradients=device["gradients"],
+        optimizer=device["optimizer"],
+        activations=_activations(model, plan, training, stage),
+        logits=_logits(model, plan, training) if stage.has_head else 0.0,
+        buffers=_buffers(model, plan, training, state, stage),
+    )
+    return cost, sum(host.values())
+
+
+def _sharded(stage: StageShape, plan: Plan, bytes_per_parameter: float, *, sharded: bool) -> float:
+    if not sharded:
+        return (stage.parameters + stage.expert_parameters) * bytes_per_parameter
+    shared = stage.parameters / (plan.dp * plan.cp)
+    return (shared + stage.expert_parameters / expert_replicas(plan)) * bytes_per_parameter
+
+
+def expert_replicas(plan: Plan) -> float:
+    """Ranks that hold the same experts."""
+    return max(1.0, plan.dp * plan.cp * plan.tp / (plan.ep * plan.etp))
+
+
+def layer_activation_bytes(model: ModelSpec, *, plan: Plan, training: TrainingSpec, moe: bool) -> float:
+    """Bytes that the backward pass of one layer needs, for one micro-batch, nothing recomputed."""
+    tokens = plan.micro_batch_size * training.sequence_length / plan.cp
+    element = element_bytes(plan)
+    # Two norm inputs and the inputs of the first matrices of both blocks (Korthikanti, section 4.1); RMSNorm
+    # of Hugging Face also keeps its input in fp32.
+    norms = 4.0 * element + (8.0 if model.norm == "rmsnorm" and element < 4 else 0.0)
+    replicated = model.hidden_size * norms / (plan.tp if plan.sequence_parallel else 1)
+    heads = (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_size
+    if model.mla:
+        heads = model.num_attention_heads * 2 * (
+            model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim + model.mla.v_head_dim
+        ) + 2 * (model.mla.q_lora_rank + model.mla.kv_lora_rank)
+    split = (heads + _mlp_elements(model, moe=moe)) * element / plan.tp
+    return tokens * (replicated + split)
+
+
+def _mlp_elements(model: ModelSpec, *, moe: bool) -> float:
+    # Gated: gate, up, activated gate, product. Plain: before and after the activation.
+    kept = 4 if model.gated_mlp else 2
+    if not moe or model.moe is None:
+        return kept * model.ffn_hidden_size
+    routed = model.moe.top_k * (kept * model.moe.expert_ffn_hidden_size + 2 * model.hidden_size)
+    return routed + kept * model.moe.shared_ffn_hidden_size
+
+
+def element_bytes(plan: Plan) -> int:
+    """Bytes of one activation."""
+    return 4 if plan.precision == "fp32" else 2
+
+
+def _activations(model: ModelSpec, plan: Plan, training: TrainingSpec, stage: StageShape) -> float:
+    tokens = plan.micro_batch_size * training.sequence_length / plan.cp
+    split = plan.tp if plan.sequence_parallel else 1
+    layer_input = tokens * model.hidden_size * element_bytes(plan) / split
+    dense = layer_activation_bytes(model, plan=plan, training=training, moe=False)
+    moe = layer_activation_bytes(model, plan=plan, training=training, moe=True) if stage.moe_layers else 0.0
+    in_flight = micro_batches_in_flight(plan, stage.index)
+    embedding = layer_input if stage.has_embedding else 0.0
+    if plan.recompute == "full":
+        # All layers keep their inputs; one layer at a time is whole again.
+        largest = max(dense if stage.dense_layers else 0.0, moe)
+        return in_flight * (stage.num_layers * layer_input + embedding) + largest
+    return in_flight * (stage.dense_layers * dense + stage.moe_layers * moe + embedding)
+
+
+def micro_batches_in_flight(plan: Plan, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once, under 1F1B or its interleaved form.
+
+    Narayanan et al. 2021, sections 2.2.1 and 2.2.2; chunks of an interleaved stage count 1 / vp each.
+    """
+    if plan.pp == 1:
+        return 1.0
+    if plan.vp == 1:
+        return float(min(plan.num_microbatches, plan.pp - stage))
+    chunks = plan.pp * (plan.vp - 1) + 2 * (plan.pp - stage) - 1
+    return min(chunks, plan.num_microbatches * plan.vp) / plan.vp
+
+
+def _logits(model: ModelSpec, plan: Plan, training: TrainingSpec) -> float:
+    """Logits, their fp32 copy where they are narrower, the log-probabilities and the gradient in fp32."""
+    tokens = plan.micro_batch_size * training.sequence_length / plan.cp
+    element = element_bytes(plan)
+    copies = element + 8 + (4 if element < 4 else 0)
+    return tokens * model.vocab_size * copies / plan.tp
+
+
+def _buffers(
+    model: ModelSpec, plan: Plan, training: TrainingSpec, state: StateBytes, stage: StageShape
+) -> float:
+    everything = stage.parameters + stage.expert_parameters
+    # The layer in use and the next one, and the root unit; never more than there is.
+    unit = min(everything, 2 * stage.layer_parameters + stage.root_parameters)
+    missing = everything - _sharded(stage, plan, 1.0, sharded=True)
+    gathered = everything if state.keep_gathered else unit
+    buffers = gathered * state.gathered
+    if plan.zero_stage >= 3 and not state.gathered:
+        buffers += min(unit, everything if plan.offload_parameters else missing) * state.weights
+    if plan.zero_stage >= 2:
+        buffers += min(unit, missing) * state.gradients
+    if plan.pp > 1:
+        tokens = plan.micro_batch_size * training.sequence_length / plan.cp
+        buffers += 2 * tokens * model.hidden_size * element_bytes(plan)
+    return buffers

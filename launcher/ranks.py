@@ -1,0 +1,145 @@
+"""Who am I among the ranks, and the few things ranks do together. The only torch in launcher/."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# Long for start-up: compilation, weights from a slow disk, ranks that arrive late.
+INIT_TIMEOUT = timedelta(minutes=30)
+RUN_DIR_KEY = "meshwright/run_dir"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """This process among `world_size`; with one rank no process group exists and every call is local."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether any rank says yes; all ranks get the same answer."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor([int(flag)], dtype=torch.int32)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def maximum(self, value: float) -> float:
+        """Largest value over all ranks."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return float(tensor.item())
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def share_run_dir(run_dir: str | None) -> str:
+    """Hand rank 0's run directory to the ranks that were started without one (bare torchrun)."""
+    store, rank, _ = next(iter(dist.rendezvous("env://", timeout=INIT_TIMEOUT)))
+    if rank == 0:
+        assert run_dir is not None
+        store.set(RUN_DIR_KEY, run_dir)
+        return run_dir
+    return str(store.get(RUN_DIR_KEY).decode())
+
+
+def connect(environment: Mapping[str, str]) -> Ranks:
+    """Read torchrun's variables and, with more than one rank, open the process group every engine uses."""
+    ranks = Ranks(
+        rank=int(environment.get("RANK", "0")),
+        world_size=int(environment.get("WORLD_SIZE", "1")),
+        local_rank=int(environment.get("LOCAL_RANK", "0")),
+    )
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    if ranks.world_size > 1:
+        # CPU tensors go through gloo, so that a stop flag never waits for a GPU stream.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=INIT_TIMEOUT)
+    return ranks
+
+
+def disconnect() -> None:
+    """Close the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def device_peak_bytes() -> Callable[[], int] | None:
+    """Who tells the peak bytes that tensors took on this rank's GPU; None on a CPU."""
+    return torch.cuda.max_memory_allocated if torch.cuda.is_available() else None
+
+
+def device_error() -> type[BaseException]:
+    """The exception class that an engine raises when GPU memory runs out."""
+    error: type[BaseException] = torch.cuda.OutOfMemoryError
+    return error
+
+
+def random_state() -> dict[str, Any]:
+    """State of every random number generator of this process, as plain JSON."""
+    numpy_state = np.random.get_state(legacy=False)
+    assert isinstance(numpy_state, dict)
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": {
+            **numpy_state,
+            "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()},
+        },
+        "torch": _to_text(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _to_text(torch.cuda.get_rng_state())
+    return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Undo `random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    inner = state["numpy"]["state"]
+    key = np.array(inner["key"], dtype=np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": key}})
+    torch.set_rng_state(_to_tensor(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_to_tensor(state["cuda"]))
+
+
+def _to_text(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode("ascii")
+
+
+def _to_tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

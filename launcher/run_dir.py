@@ -1,0 +1,252 @@
+"""What lies where in a run directory; freezing one, opening one. A run is one folder of plain files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.config import Job
+from launcher.data.tokens import TokenDataset
+from launcher.decode import decode, encode
+from launcher.errors import ConfigError, LauncherError, RunDirError
+from strategies.spec import Plan
+
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDir:
+    """Paths of one run, and the two verbs that make and read it: `create` and `open`."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration, as composed once."""
+        return self.path / "config.yaml"
+
+    @property
+    def plan_file(self) -> Path:
+        """The chosen plan, its predictions and what was rejected."""
+        return self.path / "plan.json"
+
+    @property
+    def data_file(self) -> Path:
+        """Which prepared token files the run reads."""
+        return self.path / "data.json"
+
+    @property
+    def env_file(self) -> Path:
+        """Versions, git commit, hosts, hashes, command line."""
+        return self.path / "env.json"
+
+    @property
+    def events_file(self) -> Path:
+        """One line for each thing that happened to the run."""
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl and the writers' own files."""
+        return self.path / "metrics"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON object a step."""
+        return self.metrics / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """step_XXXXXXXXXX folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def weights(self) -> Path:
+        """Initial weights in Hugging Face's layout, made once."""
+        return self.path / "weights"
+
+    @property
+    def logs(self) -> Path:
+        """A file for each rank, and everything the engines printed."""
+        return self.path / "logs"
+
+    @property
+    def errors(self) -> Path:
+        """What the ranks of the last start died of."""
+        return self.path / "errors"
+
+    @property
+    def stop_file(self) -> Path:
+        """Touch it, and the run leaves with a checkpoint after the current step."""
+        return self.path / "stop"
+
+    def job(self) -> Job:
+        """Decode config.yaml."""
+        return decode(Job, _read(self.config_file, yaml.safe_load))
+
+    def plan(self) -> Plan:
+        """Decode the plan out of plan.json."""
+        data = self.plan_data()
+        if data.get("format") != PLAN_FORMAT:
+            raise RunDirError(
+                f"{self.plan_file} has format {data.get('format')}; this version reads {PLAN_FORMAT}"
+            )
+        return decode(Plan, {f.name: data[f.name] for f in fields(Plan) if f.name in data}, "plan")
+
+    def plan_data(self) -> dict[str, Any]:
+        """plan.json as it stands: plan, predictions, runners-up, rejections."""
+        return _mapping(_read(self.plan_file, json.loads), self.plan_file)
+
+    def dataset(self) -> TokenDataset:
+        """Decode data.json."""
+        return decode(TokenDataset, _read(self.data_file, json.loads), "data")
+
+    def log_event(self, event: str, **details: Any) -> None:
+        """Append one event; a line is written whole or not at all."""
+        record = {"time": time.time(), "event": event, **details}
+        with self.events_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """All events, oldest first; a torn last line is left out."""
+        if not self.events_file.exists():
+            return
+        for line in self.events_file.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def create(
+    path: Path, *, job: Job, plan: Mapping[str, Any], dataset: TokenDataset, provenance: Mapping[str, Any]
+) -> RunDir:
+    """Freeze a run: all files are written aside and appear together, or not at all."""
+    check_free(path)
+    aside = path.parent / f".{path.name}.{os.getpid()}"
+    try:
+        aside.mkdir(parents=True)
+        run = RunDir(path=aside)
+        run.config_file.write_text(yaml.safe_dump(encode(job), sort_keys=False), encoding="utf-8")
+        _write_json(run.plan_file, {"format": PLAN_FORMAT, **plan})
+        _write_json(run.data_file, encode(dataset))
+        _write_json(run.env_file, _env(job, dataset, provenance))
+        for folder in (run.metrics, run.checkpoints, run.logs):
+            folder.mkdir()
+        if job.hf_config is not None:
+            run.weights.mkdir()
+            shutil.copy(job.hf_config, run.weights / "config.json")
+        run.log_event("created", strategy=plan["strategy"], world_size=job.cluster.world_size)
+        if path.exists():
+            path.rmdir()  # an empty folder, as check_free saw
+        os.replace(aside, path)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RunDirError(
+            f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
+        ) from error
+    return RunDir(path=path.resolve())
+
+
+def check_free(path: Path) -> None:
+    """Raise unless `path` is free for a new run."""
+    if (path / "plan.json").exists():
+        raise RunDirError(
+            f"run_dir={path} already holds a run; continue it with `meshwright resume {path}`, or choose another"
+        )
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunDirError(f"run_dir={path} exists and is not an empty folder; choose another")
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise RunDirError(
+            f"run_dir={path} cannot be written: {ancestor} is not a writable folder; choose another"
+        )
+
+
+def open_run(path: Path) -> RunDir:
+    """Open an existing run directory, or say in one sentence why it is none."""
+    run = RunDir(path=path.absolute())
+    if not path.exists():
+        raise RunDirError(f"run directory {path} does not exist; `meshwright train` makes one")
+    missing = [f.name for f in (run.config_file, run.plan_file, run.data_file) if not f.is_file()]
+    if missing:
+        raise RunDirError(
+            f"{path} is not a run directory: {missing[0]} is missing; give the folder that `train` printed"
+        )
+    try:
+        run.job(), run.plan(), run.dataset()
+    except ConfigError as error:
+        raise RunDirError(f"{path} is damaged: {error}") from error
+    return run
+
+
+def default_path(*, model: str, strategy: str, root: Path, started: float | None = None) -> Path:
+    """runs/<time>-<model>-<strategy>, with a number behind it when two start in one second."""
+    moment = datetime.fromtimestamp(started if started is not None else time.time(), tz=timezone.utc)
+    base = root / "runs" / f"{moment:%Y%m%d-%H%M%S}-{model}-{strategy}"
+    if started is not None:
+        return base  # the same start has to find the same folder again
+    candidates = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10_000))
+    return next(path for path in candidates if not path.exists())
+
+
+def _env(job: Job, dataset: TokenDataset, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **provenance,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seed": job.training.seed,
+        "dataset_hash": dataset.content_hash,
+        "tokenizer_hash": dataset.tokenizer_hash,
+        "config": encode(job),
+    }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _mapping(data: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise RunDirError(f"{path} does not hold a JSON object; the run directory is damaged")
+    return data
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunDirError(f"{path} is missing; the run directory is damaged") from error
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise RunDirError(f"{path} cannot be parsed; the run directory is damaged") from error
+
+
+def write_error(
+    run: RunDir, *, rank: int, host: str, error: BaseException, frame: str | None, trace: str
+) -> None:
+    """Leave what a rank died of, for the launcher to explain; the full traceback lies beside it."""
+    run.errors.mkdir(exist_ok=True)
+    trace_file = run.errors / f"rank_{rank:05d}.txt"
+    trace_file.write_text(trace, encoding="utf-8")
+    code = error.exit_code if isinstance(error, LauncherError) else 1
+    record = {
+        "time": time.time(),
+        "rank": rank,
+        "host": host,
+        "type": type(error).__name__,
+        "message": str(error),
+        "exit_code": code,
+        "frame": frame,
+        "traceback": str(trace_file),
+    }
+    _write_json(run.errors / f"rank_{rank:05d}.json", record)

@@ -1,0 +1,1 @@
+"""Ways to start the workers of a frozen run: pure builders of argv and environment."""

@@ -1,0 +1,65 @@
+"""Start the workers of a frozen run on this host: a pure argv and environment, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.errors import ClusterError
+
+
+def argv(*, run_dir: Path, num_processes: int, port: int | None) -> list[str]:
+    """Command line of the workers: plain Python for one process, torchrun for more."""
+    worker = ["-m", "launcher.worker", str(run_dir)]
+    if num_processes == 1:
+        return [sys.executable, *worker]
+    return [
+        *[sys.executable, "-m", "torch.distributed.run"],
+        f"--nproc-per-node={num_processes}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port or 0}",
+        "--rdzv-id=meshwright",
+        "--local-addr=127.0.0.1",
+        *worker,
+    ]
+
+
+def environment(
+    inherited: Mapping[str, str], *, num_processes: int, num_cores: int, device: str
+) -> dict[str, str]:
+    """What the workers inherit, and the few variables a run on one host needs. Values that are set stay."""
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, num_cores // num_processes)),
+        # A restarted group must not read the keys of its predecessor: pytorch/pytorch#135712.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if device == "cpu":
+        defaults["CUDA_VISIBLE_DEVICES"] = ""  # the plan is for processors; engines must not see a GPU
+        defaults["DS_ACCELERATOR"] = "cpu"
+    if sys.platform == "linux":
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    packages = str(Path(__file__).resolve().parents[2])
+    search_path = os.pathsep.join(filter(None, [packages, inherited.get("PYTHONPATH", "")]))
+    return {**defaults, **inherited, "PYTHONPATH": search_path}
+
+
+def check_port(port: int | None) -> None:
+    """Raise when the rendezvous port that the user pinned is taken."""
+    if port is None:
+        return
+    if not 1 <= port <= 65535:
+        raise ClusterError(f"submit.port={port} is not a port; use 1 to 65535, or null for a free one")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ClusterError(
+                f"submit.port={port} cannot be used on this host ({error.strerror}); "
+                "choose another, or null for a free one"
+            ) from error

@@ -1,0 +1,154 @@
+"""Run the workers of a frozen run, pass on stop requests, and explain in one sentence how they ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.errors import BY_EXIT_CODE, INTERRUPTED, TERMINATED, LauncherError, TrainingError
+from launcher.run_dir import RunDir
+from launcher.submit import local
+
+_SIGNAL_EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
+# torchrun's summary of a failed rank, the only place that knows a death by signal.
+_TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
+
+
+@dataclass
+class _StopRequests:
+    """Signals seen while the workers run."""
+
+    run: RunDir
+    process: subprocess.Popen[bytes]
+    received: signal.Signals | None = None
+    count: int = 0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        self.received = self.received or signal.Signals(number)
+        if self.count == 1:
+            self.run.stop_file.touch()
+            print(
+                "meshwright: stopping after this step with a checkpoint; once more to end at once",
+                file=sys.stderr,
+            )
+        else:
+            # torchrun passes SIGTERM on to its ranks; the third request does not ask anybody.
+            _kill(self.process, signal.SIGTERM if self.count == 2 else signal.SIGKILL)
+
+
+def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
+    """Start the workers and wait for them. Return 0, 130 or 143; raise what a rank died of."""
+    job, plan = run.job(), run.plan()
+    local.check_port(job.submit.port)
+    _forget_last_start(run)
+    command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port)
+    environment = local.environment(
+        os.environ,
+        num_processes=plan.world_size,
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        device=job.cluster.gpu.device,
+    )
+    run.log_event("launched", command=command)
+    with (run.logs / "stderr.log").open("ab") as stderr:
+        start = stderr.tell()
+        # A session of its own: Ctrl-C reaches only us, and the workers get time to save.
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stderr=stderr,
+            stdout=sys.stderr if quiet_stdout else None,
+            start_new_session=True,
+        )
+        requests = _StopRequests(run=run, process=process)
+        with _handling(requests):
+            code = process.wait()
+    return _conclude(run, code=code, requests=requests, stderr_from=start)
+
+
+def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: int) -> int:
+    if requests.received is not None:
+        run.stop_file.unlink(missing_ok=True)
+        run.log_event("interrupted", signal=requests.received.name)
+        return _SIGNAL_EXIT_CODES[requests.received]
+    if code == 0:
+        return 0
+    failure = explain(run, code=code, stderr_from=stderr_from)
+    run.log_event("failed", type=type(failure).__name__, message=str(failure), exit_code=failure.exit_code)
+    raise failure
+
+
+def explain(run: RunDir, *, code: int, stderr_from: int = 0) -> LauncherError:
+    """The first cause: an error file of a rank, else a signal in torchrun's summary, else the bare exit code."""
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.errors.glob("rank_*.json"))
+    ]
+    if records:
+        return _from_record(min(records, key=_cause_first))
+    log = run.logs / "stderr.log"
+    with log.open("rb") as file:
+        file.seek(stderr_from)
+        text = file.read().decode("utf-8", errors="replace")
+    for found in _TORCHRUN_FAILURE.finditer(text):
+        if int(found["code"]) < 0:
+            return _from_signal(f"rank {found['rank']}", -int(found["code"]), log)
+    if code < 0:
+        return _from_signal("rank 0", -code, log)
+    return TrainingError(f"the workers ended with exit code {code} and left no error file; see {log}")
+
+
+def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:
+    # Ranks that lost a dead peer report a broken connection; the peer's own reason comes first.
+    return "onnection" in record["message"] or "peer" in record["message"], record["time"]
+
+
+def _from_record(record: dict[str, Any]) -> LauncherError:
+    kind = BY_EXIT_CODE.get(record["exit_code"], LauncherError)
+    if kind is not LauncherError:
+        return kind(record["message"])
+    where = f" at {record['frame']}" if record["frame"] else ""
+    reason = f"{record['type']}: {record['message'].splitlines()[0] if record['message'] else ''}".rstrip(
+        ": "
+    )
+    return TrainingError(
+        f"rank {record['rank']} on {record['host']} failed{where}: {reason}; full traceback in {record['traceback']}"
+    )
+
+
+def _from_signal(who: str, number: int, log: Path) -> LauncherError:
+    name = signal.Signals(number).name
+    hint = " (often the host's out-of-memory killer)" if number == signal.SIGKILL else ""
+    return TrainingError(
+        f"{who} was killed by {name}{hint}; the last good checkpoint is kept, `meshwright resume` continues, see {log}"
+    )
+
+
+def _forget_last_start(run: RunDir) -> None:
+    run.stop_file.unlink(missing_ok=True)
+    for path in run.errors.glob("rank_*"):
+        path.unlink()
+
+
+@contextmanager
+def _handling(requests: _StopRequests) -> Iterator[None]:
+    before = {number: signal.signal(number, requests) for number in _SIGNAL_EXIT_CODES}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

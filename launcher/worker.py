@@ -1,0 +1,148 @@
+"""One process a rank: `python -m launcher.worker RUN_DIR`. Reads the frozen folder; never composes, never plans.
+
+`--from-rank0` instead of RUN_DIR: bare torchrun started us, and rank 0 tells where the run lies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import strategies
+from launcher import ranks as torch_side
+from launcher.decode import encode
+from launcher.errors import ClusterError, DeviceMemoryError, EngineError, LauncherError, TrainingError
+from launcher.monitor import log
+from launcher.monitor.metrics import MetricsFile, truncate_after
+from launcher.monitor.progress import Reporter
+from launcher.monitor.writers import Writer, open_writers
+from launcher.provenance import versions
+from launcher.ranks import Ranks
+from launcher.run_dir import RunDir, open_run, write_error
+from launcher.trainer import Machine, Trainer
+
+logger = logging.getLogger(__name__)
+FROM_RANK0 = "--from-rank0"
+SHARE = "--share"
+
+
+def main(arguments: list[str]) -> int:
+    """Run this rank; return its exit code."""
+    where = None if arguments == [FROM_RANK0] else arguments[-1]
+    if FROM_RANK0 in arguments or SHARE in arguments:
+        where = torch_side.share_run_dir(where)
+    assert where is not None
+    rank = int(os.environ.get("RANK", "0"))
+    run = RunDir(path=Path(where))
+    try:
+        run = open_run(Path(where))
+        _work(run)
+    except Exception as error:
+        return _report(run, rank=rank, error=error)
+    return 0
+
+
+def _work(run: RunDir) -> None:
+    job, plan, dataset = run.job(), run.plan(), run.dataset()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != plan.world_size:
+        raise ClusterError(
+            f"WORLD_SIZE={world_size} does not match the frozen plan of {plan.world_size} ranks "
+            f"(dp={plan.dp} tp={plan.tp} pp={plan.pp} cp={plan.cp}); start {plan.world_size} processes"
+        )
+    ranks = torch_side.connect(os.environ)
+    log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
+    try:
+        trainer = Trainer(
+            run=run,
+            job=job,
+            plan=plan,
+            dataset=dataset,
+            strategy=_build_strategy(run, ranks),
+            ranks=ranks,
+            machine=Machine(
+                device_peak_bytes=torch_side.device_peak_bytes(),
+                random_state=torch_side.random_state,
+                restore_random_state=torch_side.restore_random_state,
+            ),
+            versions=versions(),
+        )
+        trainer.restore()
+        hosts = sorted(set(ranks.gather(socket.gethostname())))
+        if ranks.rank == 0:
+            run.log_event("started", step=trainer.step, hosts=hosts)
+            trainer.sinks = _open_sinks(run, start_step=trainer.step)
+        try:
+            trainer.train()
+        finally:
+            for sink in trainer.sinks:
+                sink.close()
+        trainer.strategy.teardown()
+    finally:
+        torch_side.disconnect()
+
+
+def _open_sinks(run: RunDir, *, start_step: int) -> tuple[Writer, ...]:
+    """metrics.jsonl, the configured writers and the console; what a later step left there is taken back."""
+    job = run.job()
+    history = truncate_after(run.metrics_file, step=start_step)
+    return (
+        MetricsFile(run.metrics_file),
+        open_writers(job.monitor, directory=run.metrics, settings=encode(job), history=history),
+        Reporter(
+            job.training.num_steps,
+            start_step=start_step,
+            interval=job.monitor.log_interval,
+            stream=sys.stdout,
+        ),
+    )
+
+
+def _build_strategy(run: RunDir, ranks: Ranks) -> strategies.Strategy:
+    job, plan = run.job(), run.plan()
+    strategy = strategies.load(plan.strategy)()
+    weights = run.weights if job.weights is None else Path(job.weights)
+    if job.weights is None and ranks.rank == 0:
+        strategy.create_weights(job.model, job.training, weights)
+    ranks.barrier()
+    strategy.setup(plan, job.model, job.training, weights)
+    return strategy
+
+
+def _report(run: RunDir, *, rank: int, error: Exception) -> int:
+    """Leave the cause for the launcher; a person who runs us under bare torchrun sees the sentence as well."""
+    trace = traceback.format_exc()
+    named = _name(error)
+    if run.path.is_dir():
+        frame = _first_user_frame(error)
+        write_error(run, rank=rank, host=socket.gethostname(), error=named, frame=frame, trace=trace)
+    print(
+        f"meshwright: rank {rank}: {str(named).splitlines()[0] if str(named) else type(named).__name__}",
+        file=sys.stderr,
+    )
+    return named.exit_code if isinstance(named, LauncherError) else TrainingError.exit_code
+
+
+def _name(error: Exception) -> Exception:
+    if isinstance(error, MemoryError | torch_side.device_error()):
+        first = str(error).splitlines()[0] if str(error) else "host memory is exhausted"
+        return DeviceMemoryError(
+            f"out of memory: {first}; use a smaller plan.micro_batch_size, plan.recompute=full "
+            "or a higher plan.zero_stage"
+        )
+    return EngineError(str(error)) if isinstance(error, ImportError) else error
+
+
+def _first_user_frame(error: Exception) -> str | None:
+    """The innermost line that is not inside an installed package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

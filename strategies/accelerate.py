@@ -1,0 +1,258 @@
+"""Hugging Face Accelerate: PyTorch's own DDP (`zero_stage` 0) and FSDP2 (2 and 3). The reference and the default."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies import hf
+from strategies.base import Capabilities, StateBytes, StepResult, Strategy
+from strategies.engine_options import check
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+
+    from strategies.base import MicroBatch
+
+# What of Accelerate's settings may be passed through. `sync_each_batch` trades memory for communication:
+# true reduces gradients after every micro-batch (FSDP2's default here: gradients stay sharded), false keeps
+# whole gradients on every rank until the last one (DDP's default).
+ENGINE_KEYS: Mapping[str, Any] = {
+    "ddp": dict.fromkeys(
+        ("broadcast_buffers", "bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+    ),
+    "fsdp": dict.fromkeys(("auto_wrap_policy", "min_num_params", "transformer_cls_names_to_wrap")),
+    "sync_each_batch": None,
+}
+
+OWNED_ENGINE_KEYS: Mapping[str, str] = {
+    "mixed_precision": "training.precision",
+    "gradient_accumulation_steps": "plan.num_microbatches",
+    "fsdp.reshard_after_forward": "plan.zero_stage",
+    "fsdp.mixed_precision_policy": "training.precision",
+    "fsdp.activation_checkpointing": "plan.recompute",
+    "fsdp.cpu_offload": "plan.offload_parameters",
+}
+
+CAPABILITIES = Capabilities(
+    zero_stages=frozenset({0, 2, 3}),
+    precisions=frozenset({"fp32", "bf16"}),
+    recompute=frozenset({"none", "full"}),
+    # DDP: fp32 throughout; in bf16, autocast keeps its cast weights until the backward pass has used them.
+    state_bytes={
+        "fp32": StateBytes(weights=4, gradients=4, optimizer=8),
+        "bf16": StateBytes(weights=4, gradients=4, optimizer=8, gathered=2, keep_gathered=True),
+    },
+    # FSDP2 shards fp32 weights at both stages. Stage 2 keeps the gathered copy (the weights that the forward
+    # pass reads) until the backward pass; stage 3 frees it layer by layer.
+    stage_state_bytes={
+        ("fp32", 2): StateBytes(weights=4, gradients=4, optimizer=12),
+        ("bf16", 2): StateBytes(weights=2, gradients=4, optimizer=12),
+        ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=8, gathered=4),
+        ("bf16", 3): StateBytes(weights=4, gradients=4, optimizer=8, gathered=2),
+    },
+    reshardable=True,
+    engine_keys=ENGINE_KEYS,
+    owned_engine_keys=OWNED_ENGINE_KEYS,
+)
+
+
+class AccelerateStrategy(Strategy):
+    """One process a GPU; all ranks are data parallel."""
+
+    capabilities = CAPABILITIES
+
+    @staticmethod
+    def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
+        """Write a seeded random start as a Hugging Face folder."""
+        hf.create_weights(model, training, directory)
+
+    def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
+        """Wrap the model of `weights` in DDP or FSDP2."""
+        if refusal := self.capabilities.why_not(plan):
+            raise ValueError(refusal)
+        check(plan.engine, self.capabilities)
+        self._plan, self._training = plan, training
+        hf.set_deterministic(training)
+        device = hf.local_device()
+        self._environment = os.environ.copy()
+        self._accelerator = _create_accelerator(plan, training)
+        self.dp_rank = self._accelerator.process_index
+        hf.seed_everything(training, rank=self.dp_rank)
+        sharded_elsewhere = plan.zero_stage > 0 and plan.dp > 1 and self.dp_rank > 0
+        build = hf.build_empty_model if sharded_elsewhere else hf.build_model
+        network = build(weights, model)
+        hf.enable_recompute(network, plan)
+        groups = hf.parameter_groups(network, training)
+        optimizer = hf.create_optimizer(groups, training, fused=device.type == "cuda")
+        self._model, self._optimizer = self._accelerator.prepare(network, optimizer)
+
+    def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
+        """Accumulate over the micro-batches, clip by the global norm, step."""
+        assert len(batches) == self._plan.num_microbatches, "the trainer must pass plan.num_microbatches batches"
+        hf.set_learning_rate(self._optimizer, learning_rate)
+        losses = []
+        for index, batch in enumerate(batches):
+            with self._communication(last=index == len(batches) - 1):
+                loss = self._loss(batch)
+                self._accelerator.backward(loss)
+            losses.append(loss.detach())
+        limit = self._training.max_grad_norm or float("inf")
+        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepResult(loss=_mean(losses), grad_norm=_to_float(norm))
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean loss without gradients."""
+        import torch
+
+        self._model.eval()
+        with torch.no_grad():
+            losses = [self._loss(batch) for batch in batches]
+        self._model.train()
+        _reshard(self._model)
+        return _mean(losses)
+
+    def save(self, directory: Path) -> None:
+        """Write sharded model and optimizer with torch's distributed checkpoint, and random states."""
+        from torch.distributed import checkpoint
+
+        checkpoint.save(self._state(), checkpoint_id=directory, no_dist=self._plan.dp == 1)
+        hf.save_random_state(directory, rank=self.dp_rank)
+
+    def load(self, directory: Path) -> None:
+        """Restore it; number of ranks and ZeRO stage may differ from those that wrote it."""
+        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        state = self._state()
+        checkpoint.load(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
+        set_state_dict(
+            self._model,
+            self._optimizer.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        hf.load_random_state(directory, rank=self.dp_rank)
+
+    def teardown(self) -> None:
+        """Forget the model and Accelerate's process-wide state."""
+        from accelerate.state import AcceleratorState, GradientState
+
+        del self._model, self._optimizer, self._accelerator
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ.clear()
+        os.environ.update(self._environment)
+
+    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+        inputs, labels = hf.to_tensors(batch, self._accelerator.device)
+        return hf.loss(self._model(input_ids=inputs, use_cache=False).logits, labels)
+
+    def _communication(self, *, last: bool) -> AbstractContextManager[Any]:
+        sharded = self._plan.zero_stage > 0
+        every = self._plan.engine.get("sync_each_batch", sharded)
+        if last or every or self._plan.dp == 1:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(self._model)
+        return context
+
+    def _state(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self._model, self._optimizer.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+
+def _create_accelerator(plan: Plan, training: TrainingSpec) -> Accelerator:
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    ddp = {"gradient_as_bucket_view": True, **plan.engine.get("ddp", {})}
+    if training.deterministic:
+        # DDP re-orders its buckets after the first step, so the sums of a resumed run would be ordered
+        # differently for one step; looking for unused parameters turns that off.
+        ddp.setdefault("find_unused_parameters", True)
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    plugin = _fsdp_plugin(plan) if plan.zero_stage and plan.dp > 1 else None
+    with _one_process() if plan.dp == 1 else nullcontext():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no" if plan.precision == "fp32" else plan.precision,
+            gradient_accumulation_steps=plan.num_microbatches,
+            fsdp_plugin=plugin if torch.cuda.is_available() else None,
+            kwargs_handlers=[DistributedDataParallelKwargs(**ddp)],
+        )
+    if plugin and not torch.cuda.is_available():
+        _allow_fsdp_on_cpu(accelerator, plugin)
+    return accelerator
+
+
+def _fsdp_plugin(plan: Plan) -> FullyShardedDataParallelPlugin:
+    import torch
+    from accelerate import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    # Gradients are reduced and accumulated in fp32 whatever the layers compute in.
+    policy = None
+    if plan.precision == "bf16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    options = {"auto_wrap_policy": "transformer_based_wrap", **plan.engine.get("fsdp", {})}
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=plan.zero_stage == 3,
+        mixed_precision_policy=policy,
+        cpu_ram_efficient_loading=True,
+        **options,
+    )
+
+
+def _allow_fsdp_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Accelerate takes FSDP for GPUs only; nothing on the way needs one, and so a plan can be tried anywhere."""
+    from accelerate import DistributedType
+
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Hide a launcher's variables: for them, Accelerate would open a process group for a single rank."""
+    from unittest import mock
+
+    import torch
+
+    with mock.patch.dict(os.environ):
+        if torch.cuda.is_available():
+            os.environ["ACCELERATE_TORCH_DEVICE"] = f"cuda:{torch.cuda.current_device()}"
+        for name in ("LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        yield
+
+
+def _reshard(network: torch.nn.Module) -> None:
+    """Free what a forward pass without backward left gathered (FSDP2)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _mean(losses: Sequence[torch.Tensor]) -> float:
+    import torch
+
+    return hf.mean_over_ranks(torch.stack(list(losses)).mean())
+
+
+def _to_float(norm: Any) -> float:
+    """A DTensor's norm is a sum over shards that has yet to be made."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

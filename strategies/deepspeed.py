@@ -1,0 +1,205 @@
+"""DeepSpeed: ZeRO 0 to 3 with optimizer and parameter offload, data parallel."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies import hf
+from strategies.base import Capabilities, StateBytes, StepResult, Strategy
+from strategies.deepspeed_config import BUCKET_ELEMENTS, to_deepspeed_config
+from strategies.deepspeed_keys import ACCEPTED, OWNED, UNUSED
+from strategies.engine_options import check
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from strategies.base import MicroBatch
+
+CAPABILITIES = Capabilities(
+    zero_stages=frozenset({0, 1, 2, 3}),
+    precisions=frozenset({"fp32", "bf16"}),
+    recompute=frozenset({"none", "full"}),
+    # ZeRO keeps a flat master copy of the weights even in fp32.
+    state_bytes={
+        "fp32": StateBytes(weights=4, gradients=4, optimizer=12),
+        "bf16": StateBytes(weights=2, gradients=4, optimizer=12),
+    },
+    # Without ZeRO: torch's own state; in bf16, autocast keeps its cast weights until the backward pass.
+    stage_state_bytes={
+        ("fp32", 0): StateBytes(weights=4, gradients=4, optimizer=8),
+        ("bf16", 0): StateBytes(weights=4, gradients=4, optimizer=8, gathered=2, keep_gathered=True),
+        ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=12, gathered=4),
+        ("bf16", 3): StateBytes(weights=2, gradients=4, optimizer=12, gathered=2),
+    },
+    buffer_elements=BUCKET_ELEMENTS,
+    offload_optimizer_stages=frozenset({1, 2, 3}),
+    offload_parameters_stages=frozenset({3}),
+    engine_keys=ACCEPTED,
+    owned_engine_keys=OWNED,
+    unused_engine_keys=UNUSED,
+)
+
+_TAG = "state"  # one checkpoint per directory, so its name inside never varies
+
+
+class DeepSpeedStrategy(Strategy):
+    """One process a GPU; all ranks are data parallel."""
+
+    capabilities = CAPABILITIES
+
+    @staticmethod
+    def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
+        """Write a seeded random start as a Hugging Face folder."""
+        hf.create_weights(model, training, directory)
+
+    def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
+        """Hand model and torch's AdamW to a DeepSpeed engine."""
+        if refusal := self.capabilities.why_not(plan):
+            raise ValueError(refusal)
+        check(plan.engine, self.capabilities)
+        deepspeed = _import_deepspeed()
+        import torch.distributed as dist
+
+        self._plan = plan
+        hf.set_deterministic(training)
+        self._device = hf.local_device()
+        _join_single_rank_group()
+        deepspeed.init_distributed()
+        self.dp_rank = dist.get_rank()
+        hf.seed_everything(training, rank=self.dp_rank)
+        config = to_deepspeed_config(plan, model, training)
+        network = _build_model(weights, model, config)
+        hf.enable_recompute(network, plan)
+        optimizer = _create_optimizer(network, plan, training)
+        with redirect_stdout(StringIO()):  # it prints memory tables
+            self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+
+    def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
+        """Run the engine's accumulation to its boundary; it clips and steps."""
+        assert len(batches) == self._plan.num_microbatches, "the trainer must pass plan.num_microbatches batches"
+        hf.set_learning_rate(self._engine.optimizer, learning_rate)
+        losses = []
+        for batch in batches:
+            loss = self._loss(batch)
+            self._engine.backward(loss)
+            losses.append(loss.detach())
+            if len(losses) == len(batches) and self._plan.zero_stage == 0:
+                plain_norm = self._plain_norm()
+            self._engine.step()
+        norm = plain_norm if self._plan.zero_stage == 0 else self._engine.get_global_grad_norm()
+        skipped = not self._engine.was_step_applied()
+        return StepResult(loss=_mean(losses), grad_norm=float(norm), skipped=skipped)
+
+    def evaluate(self, batches: Sequence[MicroBatch]) -> float:
+        """Mean loss without gradients."""
+        import torch
+
+        self._engine.eval()
+        with torch.no_grad():
+            losses = [self._loss(batch) for batch in batches]
+        self._engine.train()
+        return _mean(losses)
+
+    def save(self, directory: Path) -> None:
+        """Write DeepSpeed's own checkpoint under a fixed tag, and random states."""
+        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        hf.save_random_state(directory, rank=self.dp_rank)
+
+    def load(self, directory: Path) -> None:
+        """Restore it; the plan must be the one that wrote it."""
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise RuntimeError(f"{directory} holds no DeepSpeed checkpoint; start from another one")
+        hf.load_random_state(directory, rank=self.dp_rank)
+
+    def teardown(self) -> None:
+        """Free the engine's hooks and buffers."""
+        self._engine.destroy()
+        del self._engine
+
+    def _plain_norm(self) -> torch.Tensor:
+        """Without ZeRO the engine clips but keeps no norm; after `backward` every rank has all gradients."""
+        import torch
+
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _loss(self, batch: MicroBatch) -> torch.Tensor:
+        inputs, labels = hf.to_tensors(batch, self._device)
+        return hf.loss(self._engine(input_ids=inputs, use_cache=False).logits, labels)
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ImportError(
+            "strategy=deepspeed needs DeepSpeed, which is not installed; pip install 'meshwright[deepspeed]'"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On CPUs DeepSpeed would compile an all-reduce of its own at the first start: minutes, a compiler, and a
+    # lock that a killed job leaves behind. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
+    return deepspeed
+
+
+def _join_single_rank_group() -> None:
+    """Open a group of one where the worker opened none: DeepSpeed asks for one, no network is needed.
+
+    It stays open until the process ends, because DeepSpeed remembers its groups.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def _build_model(weights: Path, model: ModelSpec, config: dict[str, Any]) -> torch.nn.Module:
+    """Load the weights; under ZeRO-3 straight into shards, so that no rank ever holds the whole model."""
+    if config["zero_optimization"]["stage"] < 3:
+        return hf.build_model(weights, model)
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers keeps only a weak reference: loading is sharded while this name lives.
+    sharded_loading = HfDeepSpeedConfig(config)
+    network = hf.build_model(weights, model)
+    del sharded_loading
+    return network
+
+
+def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:
+    import torch
+
+    groups = hf.parameter_groups(network, training)
+    if plan.offload_optimizer and _has_cpu_adam():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        betas = (training.adam_beta1, training.adam_beta2)
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, adamw_mode=True
+        )
+        return optimizer
+    on_gpu = torch.cuda.is_available() and not plan.offload_optimizer
+    return hf.create_optimizer(groups, training, fused=on_gpu)
+
+
+def _has_cpu_adam() -> bool:
+    """Only a build that was compiled at installation counts: compiling at the first step stalls every rank."""
+    from deepspeed.git_version_info import installed_ops
+
+    return bool(installed_ops.get("cpu_adam"))
+
+
+def _mean(losses: Sequence[torch.Tensor]) -> float:
+    import torch
+
+    return hf.mean_over_ranks(torch.stack(list(losses)).mean())

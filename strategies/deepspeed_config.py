@@ -1,0 +1,60 @@
+"""Plan to DeepSpeed's configuration: a pure translation, with golden files in tests/golden/deepspeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from strategies.engine_options import merge
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+# DeepSpeed reserves its buckets in full; its default of 5e8 elements costs 1 GB each, whatever the model.
+BUCKET_ELEMENTS = 200_000_000
+
+
+def to_deepspeed_config(plan: Plan, model: ModelSpec, training: TrainingSpec) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of `plan`; engine keys must have passed `engine_options.check`."""
+    config = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.num_microbatches,
+        "gradient_clipping": training.max_grad_norm,
+        "zero_optimization": _zero(plan, model),
+        # torch's AdamW may run an offloaded step where DeepSpeed's own was not compiled.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        # Its timer would synchronise the device at every step.
+        "timers": {"throughput": {"enabled": False}},
+        **_precision(plan),
+    }
+    return merge(config, plan.engine)
+
+
+def _zero(plan: Plan, model: ModelSpec) -> dict[str, Any]:
+    section: dict[str, Any] = {"stage": plan.zero_stage}
+    if plan.zero_stage == 0:
+        return section
+    bucket = min(BUCKET_ELEMENTS, model.num_parameters)
+    section["reduce_bucket_size"] = bucket
+    if plan.zero_stage == 3:
+        # By default up to 1e9 gathered elements stay alive, which is most of a small model.
+        section["stage3_max_live_parameters"] = bucket
+        section["stage3_max_reuse_distance"] = bucket
+    else:
+        section["allgather_bucket_size"] = bucket
+    if plan.offload_optimizer:
+        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if plan.offload_parameters:
+        section["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return section
+
+
+def _precision(plan: Plan) -> dict[str, Any]:
+    if plan.precision == "fp32":
+        return {}
+    if plan.zero_stage == 0:
+        # DeepSpeed's own bf16 has no fp32 gradient accumulation without ZeRO; autocast keeps everything in fp32.
+        return {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    # Only stage 1 knows `immediate_grad_update`: without it a bf16 copy of all gradients lives beside the fp32 one.
+    bf16 = {"enabled": True, "immediate_grad_update": True} if plan.zero_stage == 1 else {"enabled": True}
+    return {"bf16": bf16, "data_types": {"grad_accum_dtype": "fp32"}}

@@ -1,0 +1,247 @@
+"""What the Hugging Face based adapters share: weights, model, loss, parameter groups, determinism.
+
+torch and transformers are imported inside the functions, so that the adapters can be read without them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from strategies.hf_config import from_hf_config, to_hf_config
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from strategies.base import MicroBatch
+
+# Written last: a folder without it holds weights that a crash cut short.
+COMPLETE = "weights.complete"
+
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_attention_heads",
+    "kv_heads",
+    "head_size",
+    "ffn_hidden_size",
+    "tied_embeddings",
+    "num_parameters",
+)
+
+
+def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
+    """Write config.json (unless one is there) and seeded fp32 weights; does nothing when they are complete."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if (directory / COMPLETE).exists():
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "config.json").exists():
+        text = json.dumps(to_hf_config(model), indent=2)
+        (directory / "config.json").write_text(text, encoding="utf-8")
+    _be_quiet()
+    config = _read_config(directory, model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.seed)
+        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    network.save_pretrained(directory)
+    (directory / COMPLETE).touch()
+
+
+def build_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
+    """Load the folder `weights` in fp32 for training, or say in one sentence why it does not fit `model`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _be_quiet()
+    config = _read_config(weights, model)
+    try:
+        network, report = AutoModelForCausalLM.from_pretrained(
+            weights, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"weights={weights} cannot be read ({_first_line(error)}); check the folder") from error
+    if report["missing_keys"]:
+        first = sorted(report["missing_keys"])[0]
+        raise ValueError(f"weights={weights} lacks {len(report['missing_keys'])} tensors, '{first}' among them")
+    return _for_training(network)
+
+
+def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
+    """Build the model without its weights: memory is reserved and not touched, buffers are real."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    _be_quiet()
+    with init_empty_weights(include_buffers=False):
+        network = AutoModelForCausalLM.from_config(_read_config(weights, model), dtype=torch.float32)
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    network.tie_weights()
+    return _for_training(network)
+
+
+def enable_recompute(network: PreTrainedModel, plan: Plan) -> None:
+    """Recompute every layer in the backward pass where the plan says so."""
+    if plan.recompute == "full":
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def to_tensors(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split (sequences, length + 1) token ids into inputs and labels, both (sequences, length), on `device`."""
+    import torch
+
+    tokens = torch.from_numpy(batch).to(device=device, dtype=torch.long)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over all tokens, in fp32, nats."""
+    from torch.nn import functional
+
+    return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def parameter_groups(network: torch.nn.Module, training: TrainingSpec) -> list[dict[str, Any]]:
+    """Split parameters for AdamW: matrices decay, norms and biases do not."""
+    matrices, vectors = [], []
+    for parameter in network.parameters():
+        # DeepSpeed's ZeRO-3 leaves an empty vector behind and keeps the real shape here.
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
+    groups = [(matrices, training.weight_decay), (vectors, 0.0)]
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def create_optimizer(groups: list[dict[str, Any]], training: TrainingSpec, *, fused: bool) -> torch.optim.AdamW:
+    """Create torch's AdamW; `fused` is one kernel on CUDA."""
+    from torch.optim import AdamW
+
+    betas = (training.adam_beta1, training.adam_beta2)
+    return AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=fused or None)
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
+    """Set it in every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def local_device() -> torch.device:
+    """Return this process' GPU (by LOCAL_RANK) and make it current, or the CPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def seed_everything(training: TrainingSpec, *, rank: int) -> None:
+    """Seed Python, NumPy and torch, each rank differently: dropout must not repeat across ranks."""
+    import numpy as np
+    import torch
+
+    seed = training.seed * 1_000_003 + rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_deterministic(training: TrainingSpec) -> None:
+    """Trade speed for bit-equal repeats where `training.deterministic` asks for it."""
+    import torch
+
+    if not training.deterministic:
+        return
+    # Read when a cuBLAS handle and a communicator are made, both of which happen later.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def save_random_state(directory: Path, *, rank: int) -> None:
+    """Keep torch's generators: a checkpoint's model may use dropout."""
+    import torch
+
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    torch.save(state, _random_file(directory, rank))
+
+
+def load_random_state(directory: Path, *, rank: int) -> None:
+    """Restore them; a rank that did not exist when the checkpoint was written keeps its seed."""
+    import torch
+
+    file = _random_file(directory, rank)
+    if not file.exists():
+        return
+    state = torch.load(file, weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """Average a scalar over the process group, or return it where there is none."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        value = value.detach().clone()
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return float(value)
+
+
+def _random_file(directory: Path, rank: int) -> Path:
+    return directory / f"random-{rank:05d}.pt"
+
+
+def _read_config(weights: Path, model: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    file = weights / "config.json"
+    if not file.is_file():
+        raise ValueError(f"weights={weights} has no config.json; give a folder of Hugging Face weights")
+    found = from_hf_config(json.loads(file.read_text(encoding="utf-8")), name=model.name)
+    for key in _SHAPE:
+        ours, theirs = getattr(model, key), getattr(found, key)
+        if ours != theirs:
+            raise ValueError(
+                f"model.{key}={ours} does not match {theirs} in {file}; use the model these weights belong to"
+            )
+    config = AutoConfig.from_pretrained(weights, local_files_only=True)
+    config.use_cache = False
+    return config
+
+
+def _for_training(network: PreTrainedModel) -> PreTrainedModel:
+    network.train()
+    return network
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _be_quiet() -> None:
+    """Keep progress bars and advice off standard error; faults are exceptions."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

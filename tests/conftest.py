@@ -1,0 +1,104 @@
+"""Fixtures every test may use: a tiny model, a shared token cache, and the command line in process or as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import cli
+from strategies.model_spec import ModelSpec
+from strategies.spec import TrainingSpec
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON document."""
+        return json.loads(self.out)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network_no_colour(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests never look outside this machine and never write to the caller's cache."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["WANDB_MODE"] = "offline"
+    os.environ.pop("WANDB_API_KEY", None)
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def tiny_model() -> ModelSpec:
+    """A model that trains in milliseconds."""
+    return ModelSpec(
+        name="tiny",
+        model_type="llama",
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        vocab_size=264,
+        max_position_embeddings=64,
+    )
+
+
+@pytest.fixture
+def training() -> TrainingSpec:
+    """A short run."""
+    return TrainingSpec(
+        sequence_length=32, global_batch_size=8, num_steps=10, precision="fp32", learning_rate=1e-3
+    )
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run one command line inside this process."""
+
+    def run(*words: str) -> Outcome:
+        capsys.readouterr()
+        code = cli.run(words)
+        captured = capsys.readouterr()
+        return Outcome(code=code, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture
+def shell() -> Callable[..., Outcome]:
+    """Run `python -m launcher` as a process of its own."""
+
+    def run(*words: str, cwd: Path | None = None, timeout: float = 300, **environment: str) -> Outcome:
+        done = subprocess.run(
+            [sys.executable, "-m", "launcher", *words],
+            cwd=cwd or REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Outcome(code=done.returncode, out=done.stdout, err=done.stderr)
+
+    return run

@@ -1,0 +1,71 @@
+"""One rank of the parity suite: trains every plan of a JSON file, one after the other, and writes what rank 0 saw.
+
+Started by test_parity.py: python -m torch.distributed.run ... parity_worker.py CASES.json RESULTS.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import strategies
+from strategies.base import Strategy
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    results = {name: run(case, job) for name, case in job["cases"].items()}
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # Engines leave threads behind whose order of ending is not ours.
+    os._exit(0)
+
+
+def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    training, plan = TrainingSpec(**job["training"]), Plan(**case["plan"])
+    data = np.load(job["data"])
+    strategy = strategies.load(plan.strategy)()
+    strategy.setup(plan, ModelSpec(**job["model"]), training, Path(job["weights"]))
+    if case["load"]:
+        strategy.load(Path(case["load"]))
+    losses, norms = [], []
+    for step in range(case["first"], case["last"]):
+        rate = training.learning_rate_at(step)
+        result = strategy.train_step(own_share(data[step], plan, strategy.dp_rank), learning_rate=rate)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        if step + 1 == case["save_after"]:
+            save(strategy, Path(case["save"]))
+    evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
+    strategy.teardown()
+    return {"losses": losses, "norms": norms, "evaluated": evaluated}
+
+
+def save(strategy: Strategy, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    strategy.save(directory)
+    dist.barrier()
+
+
+def own_share(batch: np.ndarray, plan: Plan, dp_rank: int) -> list[np.ndarray]:
+    """This rank's micro-batches of one global batch."""
+    return np.split(batch, plan.num_microbatches * plan.dp)[dp_rank :: plan.dp]
+
+
+if __name__ == "__main__":
+    main()

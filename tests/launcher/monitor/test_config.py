@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.decode import decode, encode
+from launcher.errors import ConfigError
+from launcher.monitor.config import MonitorConfig
+
+GROUP = Path(__file__).parents[3] / "hydra_configs" / "monitor"
+
+
+def test_default_yaml_is_the_defaults() -> None:
+    assert yaml.safe_load((GROUP / "default.yaml").read_text()) == encode(MonitorConfig())
+
+
+def test_none_yaml_turns_both_writers_off() -> None:
+    record = yaml.safe_load((GROUP / "none.yaml").read_text())
+    assert record.pop("defaults") == ["default", "_self_"]
+    config = decode(MonitorConfig, record, "monitor")
+    assert not config.tensorboard
+    assert not config.wandb
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        ({"log_interval": 0}, "monitor.log_interval=0 must be at least 1"),
+        ({"warmup_steps": -1}, "monitor.warmup_steps=-1 must not be negative"),
+        ({"wandb_project": " "}, "monitor.wandb_project=' ' must name a project"),
+        ({"wandb_mode": "onlin"}, "monitor.wandb_mode=onlin is not accepted; did you mean 'online'"),
+        ({"wandb_projct": "x"}, "unknown key 'monitor.wandb_projct'; did you mean 'wandb_project'"),
+    ],
+)
+def test_refusals_name_the_key(record: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        decode(MonitorConfig, record, "monitor")
+    assert sentence in str(caught.value)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ClusterError
+from launcher.submit import local
+
+
+def test_one_process_needs_no_torchrun() -> None:
+    argv = local.argv(run_dir=Path("/r"), num_processes=1, port=None)
+    assert argv == [sys.executable, "-m", "launcher.worker", "/r"]
+
+
+def test_more_processes_meet_on_loopback() -> None:
+    argv = local.argv(run_dir=Path("/r"), num_processes=4, port=12345)
+    assert argv[1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=4",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:12345",
+        "--rdzv-id=meshwright",
+        "--local-addr=127.0.0.1",
+        "-m",
+        "launcher.worker",
+        "/r",
+    ]
+
+
+def test_environment_keeps_what_the_user_set() -> None:
+    made = local.environment({"OMP_NUM_THREADS": "7"}, num_processes=2, num_cores=8, device="cuda")
+    assert made["OMP_NUM_THREADS"] == "7"
+    assert made["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in made
+
+
+def test_a_plan_for_processors_hides_the_gpus() -> None:
+    made = local.environment({}, num_processes=2, num_cores=8, device="cpu")
+    assert made["OMP_NUM_THREADS"] == "4"
+    assert made["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_a_taken_port_is_one_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ClusterError, match=f"submit.port={port} cannot be used on this host"):
+            local.check_port(port)
+    with pytest.raises(ClusterError, match="submit.port=99999 is not a port"):
+        local.check_port(99999)
+    local.check_port(None)

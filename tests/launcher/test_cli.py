@@ -1,0 +1,153 @@
+"""The verbs as a person meets them, with the strategy that needs no engine where training is not the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import __version__
+from launcher.cli import VERBS
+
+Call = Callable[..., Any]
+TINY = (
+    *("strategy=fake", "monitor=none", "cluster.gpus_per_node=1", "data.max_bytes=200000"),
+    *("training.sequence_length=32", "training.global_batch_size=8", "training.num_steps=6"),
+)
+
+
+def test_usage_names_every_verb_and_exit_code(call: Call) -> None:
+    text = call().out
+    assert text == call("--help").out
+    assert all(f"\n  {verb} " in text for verb in VERBS)
+    assert "11 a check failed" in text
+    assert call("--version").out == f"meshwright {__version__}\n"
+
+
+def test_plan_prints_a_table_and_as_json_nothing_else(call: Call) -> None:
+    words = ("plan", "model=llama3_70b", "cluster=h100_sxm", "cluster.num_nodes=8")
+    text = call(*words)
+    assert text.code == 0
+    assert "llama3_70b" in text.out
+    plan = call(*words, "--json").json
+    assert plan["strategy"] == "accelerate"
+    assert plan["dp"] * plan["tp"] * plan["pp"] * plan["cp"] == 64
+    assert plan["predictions"]["step_s"] > 0
+
+
+def test_pinned_values_are_kept(call: Call) -> None:
+    plan = call("plan", "strategy=deepspeed", "plan.zero_stage=1", "plan.micro_batch_size=2", "--json").json
+    assert (plan["strategy"], plan["zero_stage"], plan["micro_batch_size"]) == ("deepspeed", 1, 2)
+
+
+def test_hydra_flags_work_behind_a_verb(call: Call, tmp_path: Path) -> None:
+    config = call("plan", "--cfg", "job", "training.seed=5")
+    assert config.code == 0
+    assert "seed: 5" in config.out
+    assert "key=value" in call("plan", "--help").out
+    (tmp_path / "model").mkdir()
+    own = "name: mine\nmodel_type: llama\nnum_layers: 2\nhidden_size: 32\nnum_attention_heads: 4\n"
+    own += "ffn_hidden_size: 64\nvocab_size: 300\nmax_position_embeddings: 64\n"
+    (tmp_path / "model" / "mine.yaml").write_text(own)
+    assert call("plan", "--config-dir", str(tmp_path), "model=mine", "--json").json["inputs"]["model"]["name"] == "mine"
+
+
+def test_multirun_prints_one_document_a_job(call: Call) -> None:
+    outcome = call("plan", "--multirun", "plan.micro_batch_size=1,2", "--json")
+    assert outcome.code == 0
+    plans = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [plan["micro_batch_size"] for plan in plans] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("meshwright pl", "plan"),
+        ("meshwright plan model=llama3_7", "model=llama3_70b"),
+        ("meshwright train training.num_s", "training.num_steps="),
+    ],
+)
+def test_tab_completion(shell: Call, line: str, expected: str) -> None:
+    outcome = shell("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert outcome.code == 0, outcome.err
+    assert expected in outcome.out.split()
+
+
+def test_train_freezes_runs_and_reports(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    outcome = call("train", *TINY, f"run_dir={run}", "--json")
+    assert outcome.code == 0, outcome.err
+    facts = outcome.json
+    assert (facts["state"], facts["step"]) == ("finished", 6)
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "plan.json", "data.json", "env.json", "events.jsonl", "metrics", "checkpoints"} <= names
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["strategy"] == "fake"
+    assert plan["dp"] == 1
+    assert plan["predictions"]["memory_bytes"] > 0
+    metrics = [json.loads(line) for line in (run / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == [1, 2, 3, 4, 5, 6]
+    env = json.loads((run / "env.json").read_text())
+    for key in ("config", "versions", "git", "hosts", "dataset_hash", "tokenizer_hash", "seed", "command"):
+        assert key in env
+    shown = call("show", str(run), "--json").json
+    assert shown["metrics"] == metrics[-1]
+    text = call("show", str(run)).out
+    assert "finished at step 6 of 6" in text
+    assert "predicted" in text
+
+
+def test_stop_and_resume(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call("train", *TINY, f"run_dir={run}", "stop_at_step=3", "--json").json["state"] == "stopped"
+    resumed = call("resume", str(run), "--json")
+    assert resumed.code == 0
+    assert (resumed.json["state"], resumed.json["step"]) == ("finished", 6)
+    again = call("resume", str(run), "--json")
+    assert again.code == 0
+    assert again.json["step"] == 6
+
+
+def test_default_run_directories_do_not_collide(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = call("train", *TINY, "--json").json["run_dir"]
+    second = call("train", *TINY, "--json").json["run_dir"]
+    assert first != second
+    assert Path(first).parent == Path(second).parent == tmp_path / "runs"
+
+
+def test_ctrl_c_saves_and_leaves_with_130(tmp_path: Path, repository: Path) -> None:
+    run = tmp_path / "run"
+    words = [*TINY[:-1], "training.num_steps=1000000", f"run_dir={run}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launcher", "train", *words],
+        cwd=repository,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = run / "metrics" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert len(list((run / "checkpoints").glob("step_*/manifest.json"))) == 1
+    assert not (run / "stop").exists()
+
+
+def test_a_closed_pipe_is_no_error(repository: Path) -> None:
+    command = f"{sys.executable} -m launcher plan | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=repository, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"
+    assert done.stderr == ""

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import errors, supervise
+from launcher.run_dir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(path=tmp_path)
+    made.logs.mkdir()
+    made.errors.mkdir()
+    (made.logs / "stderr.log").write_text("")
+    return made
+
+
+def died(run: RunDir, **fields: Any) -> None:
+    record = {
+        "time": 1.0,
+        "rank": 0,
+        "host": "h",
+        "type": "ValueError",
+        "message": "boom",
+        "exit_code": 1,
+        "frame": "train.py:3",
+        "traceback": "t.txt",
+    } | fields
+    (run.errors / f"rank_{record['rank']:05d}.json").write_text(json.dumps(record))
+
+
+def test_a_foreign_exception_names_rank_host_frame_and_traceback(run: RunDir) -> None:
+    died(run, rank=1)
+    error = supervise.explain(run, code=1)
+    assert type(error) is errors.TrainingError
+    assert (
+        str(error)
+        == "rank 1 on h failed at train.py:3: ValueError: boom; full traceback in t.txt"
+    )
+
+
+def test_our_own_sentence_keeps_its_class(run: RunDir) -> None:
+    died(run, exit_code=6, type="CheckpointError", message="none is good")
+    error = supervise.explain(run, code=1)
+    assert type(error) is errors.CheckpointError
+    assert str(error) == "none is good"
+
+
+def test_a_lost_connection_is_a_consequence_not_the_cause(run: RunDir) -> None:
+    died(run, rank=0, time=1.0, message="Connection closed by peer [127.0.0.1]")
+    died(run, rank=1, time=2.0, message="the real reason")
+    assert "the real reason" in str(supervise.explain(run, code=1))
+
+
+def test_a_signal_is_read_from_the_summary(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(
+        "[1]:\n  time      : now\n  host      : h\n  rank      : 1 (local_rank: 1)\n"
+        "  exitcode  : -9 (pid: 77)\n  error_file: <N/A>\n"
+    )
+    error = supervise.explain(run, code=1)
+    assert type(error) is errors.TrainingError
+    assert "rank 1 was killed by SIGKILL" in str(error)
+
+
+def test_only_the_last_start_is_read(run: RunDir) -> None:
+    text = "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 77)\n"
+    (run.logs / "stderr.log").write_text(text)
+    error = supervise.explain(run, code=3, stderr_from=len(text))
+    assert "exit code 3" in str(error)

@@ -1,0 +1,203 @@
+"""The loop on one rank with the fake strategy: no torch, no processes, real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.checkpoint import CheckpointPolicy
+from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
+from launcher.config import ChecksConfig, EvaluationConfig, Job, StrategyConfig, SubmitConfig
+from launcher.data.config import DataConfig
+from launcher.data.tokens import TokenDataset, prepare
+from launcher.errors import CheckpointError
+from launcher.monitor.config import MonitorConfig
+from launcher.monitor.metrics import StepMetrics
+from launcher.planner.search import PlanRequest
+from launcher.run_dir import RunDir
+from launcher.trainer import Machine, Trainer
+from strategies.fake import FakeStrategy
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+
+class Alone:
+    """One rank, without torch."""
+
+    rank, world_size = 0, 1
+
+    def barrier(self) -> None: ...
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def maximum(self, value: float) -> float:
+        return value
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+class Kept:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepMetrics] = []
+
+    def write(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def close(self) -> None: ...
+
+
+NO_RANDOMNESS = Machine(device_peak_bytes=None, random_state=dict, restore_random_state=lambda state: None)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> TokenDataset:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("All work and no play makes a dull corpus. " * 400)
+    config = DataConfig(source="text", paths=(str(corpus),), cache_dir=str(tmp_path / "cache"))
+    return prepare(config, model_vocab_size=264, sequence_length=32)
+
+
+@pytest.fixture
+def job(tiny_model: ModelSpec, training: TrainingSpec) -> Job:
+    cluster = ClusterSpec(
+        name="here",
+        num_nodes=1,
+        gpus_per_node=1,
+        gpu=GpuSpec(
+            name="cpu", memory_gib=4, memory_gb_per_s=10, peak_tflops={"fp32": 0.1}, device="cpu", peak_is_nominal=True
+        ),
+        links=(Link(size=None, gb_per_s=1, latency_us=1),),
+        host_memory_gib=4,
+    )
+    return Job(
+        model=tiny_model,
+        cluster=cluster,
+        training=training,
+        data=DataConfig(source="stdlib"),
+        plan=PlanRequest(),
+        strategy=StrategyConfig(name="fake"),
+        submit=SubmitConfig(),
+        monitor=MonitorConfig(warmup_steps=1),
+        checkpoint=CheckpointPolicy(interval=4, keep_last=5),
+        evaluation=EvaluationConfig(interval=5, num_sequences=8),
+        checks=ChecksConfig(),
+    )
+
+
+@pytest.fixture
+def make(tmp_path: Path, job: Job, dataset: TokenDataset) -> Callable[..., Trainer]:
+    run = RunDir(path=tmp_path / "run")
+    for folder in (run.metrics, run.checkpoints, run.logs):
+        folder.mkdir(parents=True)
+
+    def build(**changes: Any) -> Trainer:
+        changed = replace(job, **changes)
+        plan = Plan(strategy="fake", dp=1, micro_batch_size=4, num_microbatches=2, precision="fp32")
+        strategy = FakeStrategy()
+        strategy.setup(plan, changed.model, changed.training, run.weights)
+        ranks: Any = Alone()
+        return Trainer(
+            run=run,
+            job=changed,
+            plan=plan,
+            dataset=dataset,
+            strategy=strategy,
+            ranks=ranks,
+            machine=NO_RANDOMNESS,
+            versions={},
+            sinks=(Kept(),),
+        )
+
+    return build
+
+
+def losses(trainer: Trainer) -> dict[int, float]:
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    return {metrics.step: metrics.loss for metrics in sink.steps}
+
+
+def test_every_step_is_reported_once_with_its_numbers(make: Callable[..., Trainer], job: Job) -> None:
+    trainer = make()
+    assert trainer.train() == "finished"
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    assert [m.step for m in sink.steps] == list(range(1, 11))
+    assert [m.consumed_samples for m in sink.steps] == list(range(8, 81, 8))
+    assert [m.learning_rate for m in sink.steps] == [job.training.learning_rate_at(s) for s in range(10)]
+    assert [m.step for m in sink.steps if m.validation_loss is not None] == [5, 10]
+    assert all(m.mfu is None for m in sink.steps), "a nominal peak must not become an MFU"
+
+
+def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.train()
+    saved = [json.loads((path / "manifest.json").read_text()) for path in trainer._store.committed()]
+    assert [manifest["step"] for manifest in saved] == [10, 8, 4]
+    assert [manifest["consumed_samples"] for manifest in saved] == [80, 64, 32]
+
+
+def test_a_resumed_run_repeats_the_losses_exactly(make: Callable[..., Trainer]) -> None:
+    whole = make()
+    whole.train()
+    for path in whole._store.committed()[:2]:
+        (path / "manifest.json").unlink()
+    resumed = make()
+    resumed.restore()
+    assert resumed.step == 4
+    resumed.train()
+    assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 4}
+
+
+def test_a_stop_file_ends_the_run_with_a_checkpoint(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.run.stop_file.touch()
+    assert trainer.train() == "stopped"
+    assert trainer.step == 1
+    assert [path.name for path in trainer._store.committed()] == ["step_0000000001"]
+
+
+def test_stop_at_step_holds_once_and_resume_goes_on(make: Callable[..., Trainer]) -> None:
+    trainer = make(stop_at_step=6)
+    assert trainer.train() == "stopped"
+    assert trainer.step == 6
+    again = make(stop_at_step=6)
+    again.restore()
+    assert again.train() == "finished"
+    assert [event["event"] for event in again.run.events() if event["event"] in ("stopped", "finished")] == [
+        "stopped",
+        "finished",
+    ]
+
+
+def test_all_checkpoints_damaged_is_said_not_restarted(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.train()
+    for path in trainer._store.committed():
+        (path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+        make().restore()
+
+
+def test_another_model_may_not_continue(make: Callable[..., Trainer], tiny_model: ModelSpec) -> None:
+    make().train()
+    with pytest.raises(CheckpointError, match="num_layers"):
+        make(model=replace(tiny_model, num_layers=4)).restore()
+
+
+def test_measured_figures_are_stored(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.train()
+    finished = [event for event in trainer.run.events() if event["event"] == "finished"]
+    assert finished[0]["measured"]["step_s"] > 0
+    assert finished[0]["measured"]["memory_bytes"] > 0
+    assert finished[0]["validation_loss"] > 0

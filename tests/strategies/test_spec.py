@@ -1,0 +1,64 @@
+"""TrainingSpec and Plan: derived values, the learning-rate schedule, refused values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from strategies.spec import Plan, TrainingSpec
+
+TRAINING = TrainingSpec(
+    sequence_length=128, global_batch_size=8, num_steps=100, learning_rate=1e-3, warmup_steps=10
+)
+
+
+def test_a_step_is_one_global_batch_of_tokens() -> None:
+    assert TRAINING.tokens_per_step == 1024
+
+
+def test_the_learning_rate_rises_linearly_then_falls_to_the_minimum() -> None:
+    training = replace(TRAINING, min_learning_rate=1e-4)
+    assert training.learning_rate_at(0) == pytest.approx(1e-4)
+    assert training.learning_rate_at(9) == pytest.approx(1e-3)
+    assert training.learning_rate_at(10) == pytest.approx(1e-3)
+    assert training.learning_rate_at(55) == pytest.approx((1e-3 + 1e-4) / 2)
+    assert training.learning_rate_at(100) == pytest.approx(1e-4)
+    assert training.learning_rate_at(1000) == pytest.approx(1e-4)
+
+
+def test_a_constant_schedule_stays_after_the_warm_up() -> None:
+    training = replace(TRAINING, schedule="constant")
+    assert [training.learning_rate_at(step) for step in (4, 50, 99)] == pytest.approx([5e-4, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sequence_length", 0),
+        ("global_batch_size", -1),
+        ("num_steps", 0),
+        ("warmup_steps", -1),
+        ("warmup_steps", 100),
+        ("learning_rate", 0.0),
+        ("min_learning_rate", 2e-3),
+        ("adam_beta2", 1.0),
+        ("max_grad_norm", -0.1),
+    ],
+)
+def test_values_that_cannot_be_meant_are_named(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"training.{key}={value}"):
+        replace(TRAINING, **{key: value})
+
+
+def test_a_plan_multiplies_out() -> None:
+    plan = Plan(strategy="fake", dp=4, tp=2, pp=3, cp=2, ep=4, micro_batch_size=2, num_microbatches=5)
+    assert plan.world_size == 48  # ep is taken out of dp * cp
+    assert plan.global_batch_size == 40
+
+
+def test_a_plan_refuses_degrees_below_one_and_unknown_stages() -> None:
+    with pytest.raises(ValueError, match=r"plan\.tp=0 must be at least 1"):
+        Plan(strategy="fake", dp=1, tp=0)
+    with pytest.raises(ValueError, match=r"plan\.zero_stage=4 .* use one of 0, 1, 2, 3"):
+        Plan(strategy="fake", dp=1, zero_stage=4)
