@@ -32,6 +32,10 @@ from strategies.hf_config import from_hf_config
 from strategies.model_spec import ModelSpec
 from strategies.names import suggest
 
+HYDRA_FLAGS = frozenset(
+    "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
+    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i".split()
+)
 # Groups of keys that no YAML lists: what is passed through, and where a model may come from.
 OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
 
@@ -39,18 +43,33 @@ OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
 def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
     """Let Hydra read `arguments` (its own flags included) and call `task` for each job they describe."""
 
+    faults: list[Exception] = []
+
     @hydra.main(version_base="1.3", config_path="pkg://hydra_configs", config_name="config")
     def application(config: DictConfig) -> None:
-        task(build_job(config))
+        if faults:
+            return  # the first fault ends a sweep
+        try:
+            task(build_job(config))
+        except Exception as error:  # carried past Hydra, which would print its own words about it
+            faults.append(error)
 
+    for word in arguments:
+        flag = word.split("=")[0]
+        if word.startswith("-") and flag not in HYDRA_FLAGS:
+            raise ConfigError(f"'{flag}' is not a flag; {suggest(flag, HYDRA_FLAGS | {'--json'})}")
     # With this set Hydra raises instead of printing; the sentence is ours to make.
     with _environment("HYDRA_FULL_ERROR", "1"), _argv([sys.argv[0], *map(_open, arguments)]):
         try:
             application()
+        except SystemExit:
+            pass  # --help, --cfg and their like have printed what was asked
         except MissingConfigException as error:
             raise ConfigError(_missing_option(error)) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_first_cause(error)) from error
+    if faults:
+        raise faults[0]
 
 
 def complete_shell(arguments: Sequence[str], verbs: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from launcher.errors import BY_EXIT_CODE, INTERRUPTED, TERMINATED, LauncherError
 from launcher.run_dir import RunDir
 from launcher.submit import local
 
+_STDERR = 2  # a descriptor: sys.stderr may be somebody's replacement without one
 _SIGNAL_EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
 # torchrun's summary of a failed rank, the only place that knows a death by signal.
 _TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
@@ -67,7 +68,7 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
             command,
             env=environment,
             stderr=stderr,
-            stdout=sys.stderr if quiet_stdout else None,
+            stdout=_STDERR if quiet_stdout else None,
             start_new_session=True,
         )
         requests = _StopRequests(run=run, process=process)

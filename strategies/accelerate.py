@@ -107,7 +107,8 @@ class AccelerateStrategy(Strategy):
         limit = self._training.max_grad_norm or float("inf")
         norm = self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        # DDP's gradients are views into its buckets; dropping them would make accumulation pay for both.
+        self._optimizer.zero_grad(set_to_none=self._plan.zero_stage > 0)
         return StepResult(loss=_mean(losses), grad_norm=_to_float(norm))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:

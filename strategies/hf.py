@@ -94,8 +94,13 @@ def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
 
 def enable_recompute(network: PreTrainedModel, plan: Plan) -> None:
     """Recompute every layer in the backward pass where the plan says so."""
-    if plan.recompute == "full":
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if plan.recompute != "full":
+        return
+    options = {"use_reentrant": False}
+    if hasattr(network, "activation_checkpointing_enable"):  # the newer name of the same switch
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def to_tensors(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -157,14 +157,29 @@ def _mla_keys(model: ModelSpec) -> dict[str, Any]:
     return keys | {"num_nextn_predict_layers": 0}
 
 
-def _get(config: Mapping[str, Any], *keys: str) -> Any:
-    """Return the value under the first of `keys` that is set; raise ValueError when none is."""
+def _size(config: Mapping[str, Any], *keys: str) -> int:
+    """Return the whole number under the first of `keys` that is set; raise ValueError when none is."""
     for key in keys:
         if config.get(key) is not None:
-            return config[key]
+            size: int = _value(config, key, 0)
+            return size
     raise ValueError(
         f"model.hf_config lacks the key '{keys[0]}' that model_type={config['model_type']} needs; add it"
     )
+
+
+def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return what `key` holds, `default` where it is absent or null; raise ValueError for another type."""
+    value = config.get(key)
+    if value is None:
+        return default
+    kind = type(default) if default is not None else int
+    if isinstance(value, bool) is (kind is bool) and isinstance(
+        value, (int, float) if kind is float else kind
+    ):
+        return value
+    words = {bool: "true or false", int: "a whole number", float: "a number"}
+    raise ValueError(f"model.hf_config: {key}={value!r} is not {words[kind]}; correct it")
 
 
 def _expect(config: Mapping[str, Any], key: str, accepted: tuple[Any, ...]) -> None:
@@ -179,24 +194,24 @@ def _expect(config: Mapping[str, Any], key: str, accepted: tuple[Any, ...]) -> N
 def _read_gpt2(config: Mapping[str, Any], name: str) -> ModelSpec:
     _expect(config, "activation_function", ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"))
     _expect(config, "scale_attn_by_inverse_layer_idx", (False,))
-    hidden_size = _get(config, "n_embd", "hidden_size")
+    hidden_size = _size(config, "n_embd", "hidden_size")
     return ModelSpec(
         name=name,
         model_type="gpt2",
-        num_layers=_get(config, "n_layer", "num_hidden_layers"),
+        num_layers=_size(config, "n_layer", "num_hidden_layers"),
         hidden_size=hidden_size,
-        num_attention_heads=_get(config, "n_head", "num_attention_heads"),
-        ffn_hidden_size=config.get("n_inner") or 4 * hidden_size,
-        vocab_size=_get(config, "vocab_size"),
-        max_position_embeddings=_get(config, "n_positions", "max_position_embeddings", "n_ctx"),
+        num_attention_heads=_size(config, "n_head", "num_attention_heads"),
+        ffn_hidden_size=_value(config, "n_inner", 4 * hidden_size),
+        vocab_size=_size(config, "vocab_size"),
+        max_position_embeddings=_size(config, "n_positions", "max_position_embeddings", "n_ctx"),
         gated_mlp=False,
-        tied_embeddings=config.get("tie_word_embeddings", True),
+        tied_embeddings=_value(config, "tie_word_embeddings", True),
         learned_positions=True,
         norm="layernorm",
         attention_bias=True,
         attention_output_bias=True,
         mlp_bias=True,
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        norm_eps=_value(config, "layer_norm_epsilon", 1e-5),
     )
 
 
@@ -207,26 +222,30 @@ def _read_rotary(config: Mapping[str, Any], name: str) -> ModelSpec:
     return ModelSpec(
         name=name,
         model_type=config["model_type"],
-        num_layers=_get(config, "num_hidden_layers"),
-        hidden_size=_get(config, "hidden_size"),
-        num_attention_heads=_get(config, "num_attention_heads"),
-        num_kv_heads=config.get("num_key_value_heads"),
-        head_dim=config.get("head_dim"),
-        ffn_hidden_size=_get(config, "intermediate_size"),
-        vocab_size=_get(config, "vocab_size"),
-        max_position_embeddings=_get(config, "max_position_embeddings"),
-        tied_embeddings=config.get("tie_word_embeddings", False),
+        num_layers=_size(config, "num_hidden_layers"),
+        hidden_size=_size(config, "hidden_size"),
+        num_attention_heads=_size(config, "num_attention_heads"),
+        num_kv_heads=_value(config, "num_key_value_heads", None),
+        head_dim=_value(config, "head_dim", None),
+        ffn_hidden_size=_size(config, "intermediate_size"),
+        vocab_size=_size(config, "vocab_size"),
+        max_position_embeddings=_size(config, "max_position_embeddings"),
+        tied_embeddings=_value(config, "tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=config.get("rms_norm_eps", 1e-5 if config["model_type"] == "mixtral" else 1e-6),
+        norm_eps=_value(config, "rms_norm_eps", 1e-5 if config["model_type"] == "mixtral" else 1e-6),
     )
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
     """Read base and scaling: `rope_parameters` in transformers 5, `rope_theta` and `rope_scaling` in 4."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"model.hf_config: rope_parameters={rope!r} is not a group of keys; correct it")
+    rope = dict(rope)
     default = 1e6 if config["model_type"] == "mixtral" else 1e4
-    theta = float(rope.pop("rope_theta", None) or config.get("rope_theta") or default)
+    theta = float(_value(rope, "rope_theta", _value(config, "rope_theta", default)))
+    rope.pop("rope_theta", None)
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     return theta, ({} if kind == "default" else {"rope_type": kind} | rope)
@@ -234,29 +253,30 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
 
 def _read_window(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
     """Read Qwen's window: there from layer `max_window_layers` on, in a ModelSpec in all layers or none."""
-    if not config.get("use_sliding_window", False):
+    if not _value(config, "use_sliding_window", False):
         return model
     # The mixture class knows no `max_window_layers`: all its layers slide.
-    first = 0 if model.model_type == "qwen3_moe" else config.get("max_window_layers", 28)
+    first = 0 if model.model_type == "qwen3_moe" else _value(config, "max_window_layers", 28)
     sliding_layers = model.num_layers - first
     if 0 < sliding_layers < model.num_layers:
         raise ValueError(
             f"model.hf_config: max_window_layers={first} mixes sliding and full attention, which is not "
             f"supported; use 0 or {model.num_layers}"
         )
-    return replace(model, sliding_window=_get(config, "sliding_window")) if sliding_layers > 0 else model
+    return replace(model, sliding_window=_size(config, "sliding_window")) if sliding_layers > 0 else model
 
 
 def _read_llama(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
-    bias = config.get("attention_bias", False)
+    bias = _value(config, "attention_bias", False)
     return replace(
-        model, attention_bias=bias, attention_output_bias=bias, mlp_bias=config.get("mlp_bias", False)
+        model, attention_bias=bias, attention_output_bias=bias, mlp_bias=_value(config, "mlp_bias", False)
     )
 
 
 def _read_mistral(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
     # transformers' own fall-back for an absent key is 4096; an explicit null means full attention.
-    return replace(model, sliding_window=config.get("sliding_window", 4096))
+    absent = None if "sliding_window" in config else 4096
+    return replace(model, sliding_window=_value(config, "sliding_window", absent))
 
 
 def _read_qwen2(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
@@ -264,7 +284,7 @@ def _read_qwen2(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
 
 
 def _read_qwen3(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
-    bias = config.get("attention_bias", False)
+    bias = _value(config, "attention_bias", False)
     head_dim = model.head_dim or 128  # Qwen3's fall-back is not hidden_size / num_attention_heads
     model = replace(model, head_dim=head_dim, attention_bias=bias, attention_output_bias=bias)
     return _read_window(config, replace(model, qk_norm=True))
@@ -272,11 +292,11 @@ def _read_qwen3(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
 
 def _read_mixtral(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
     moe = MoeSpec(
-        num_experts=_get(config, "num_local_experts", "num_experts"),
-        top_k=_get(config, "num_experts_per_tok"),
+        num_experts=_size(config, "num_local_experts", "num_experts"),
+        top_k=_size(config, "num_experts_per_tok"),
         expert_ffn_hidden_size=model.ffn_hidden_size,
     )
-    return replace(model, moe=moe, sliding_window=config.get("sliding_window"))
+    return replace(model, moe=moe, sliding_window=_value(config, "sliding_window", None))
 
 
 def _read_qwen3_moe(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
@@ -287,30 +307,30 @@ def _read_qwen3_moe(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
     # This family's class splits the hidden size evenly when head_dim is absent, unlike the dense one.
     head_dim = model.head_size
     moe = MoeSpec(
-        num_experts=_get(config, "num_experts", "num_local_experts"),
-        top_k=_get(config, "num_experts_per_tok"),
-        expert_ffn_hidden_size=_get(config, "moe_intermediate_size"),
+        num_experts=_size(config, "num_experts", "num_local_experts"),
+        top_k=_size(config, "num_experts_per_tok"),
+        expert_ffn_hidden_size=_size(config, "moe_intermediate_size"),
         num_dense_layers=len(dense),
-        normalize_top_k=config.get("norm_topk_prob", False),
+        normalize_top_k=_value(config, "norm_topk_prob", False),
     )
     return replace(_read_qwen3(config, replace(model, head_dim=head_dim)), moe=moe)
 
 
 def _read_deepseek_v3(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
     _expect(config, "attention_bias", (False,))
-    expert = _get(config, "moe_intermediate_size")
+    expert = _size(config, "moe_intermediate_size")
     moe = MoeSpec(
-        num_experts=_get(config, "n_routed_experts"),
-        top_k=_get(config, "num_experts_per_tok"),
+        num_experts=_size(config, "n_routed_experts"),
+        top_k=_size(config, "num_experts_per_tok"),
         expert_ffn_hidden_size=expert,
-        shared_ffn_hidden_size=config.get("n_shared_experts", 1) * expert,
-        num_dense_layers=_get(config, "first_k_dense_replace"),
-        num_groups=config.get("n_group", 8),
-        num_active_groups=config.get("topk_group", 4),
-        routed_scaling_factor=config.get("routed_scaling_factor", 2.5),
-        normalize_top_k=config.get("norm_topk_prob", True),
+        shared_ffn_hidden_size=_value(config, "n_shared_experts", 1) * expert,
+        num_dense_layers=_size(config, "first_k_dense_replace"),
+        num_groups=_value(config, "n_group", 8),
+        num_active_groups=_value(config, "topk_group", 4),
+        routed_scaling_factor=_value(config, "routed_scaling_factor", 2.5),
+        normalize_top_k=_value(config, "norm_topk_prob", True),
     )
-    mla = MlaSpec(**{field.name: _get(config, field.name) for field in fields(MlaSpec)})
+    mla = MlaSpec(**{field.name: _size(config, field.name) for field in fields(MlaSpec)})
     return replace(model, moe=moe, mla=mla, head_dim=None)
 
 

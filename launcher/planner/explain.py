@@ -51,8 +51,16 @@ def to_json(ranking: Ranking) -> dict[str, Any]:
     """Return plan.json: the chosen plan's fields, its predictions, the runners-up and what was rejected."""
     best = ranking.choose()
     runners_up = ranking.candidates[1 : 1 + NUM_RUNNERS_UP]
+    problem = ranking.problem
     return {
         **encode(best.plan),
+        "inputs": {
+            "model": encode(problem.model),
+            "cluster": encode(problem.cluster),
+            "training": encode(problem.training),
+            "request": encode(problem.request),
+            "strategies": list(problem.strategies),
+        },
         "predictions": _predictions(best, ranking),
         "runners_up": [{"plan": encode(c.plan), "predictions": _predictions(c, ranking)} for c in runners_up],
         "num_candidates": len(ranking.candidates),

@@ -65,8 +65,9 @@ PLANS: dict[str, dict[str, Any]] = {
     },
 }
 MICROBATCHES = (1, 2)
-STRATEGIES = sorted({plan["strategy"] for plan in PLANS.values()})
-CASES = [(name, count) for name in PLANS for count in MICROBATCHES]
+EXTRAS = {"fsdp2-whole-gradients", "fsdp2-recompute", "deepspeed-zero3-recompute"}  # one count is enough
+CASES = [(name, count) for name in PLANS for count in MICROBATCHES if count == 2 or name not in EXTRAS]
+BF16 = ["ddp", "fsdp2-zero2", "fsdp2-zero3", *(f"deepspeed-zero{stage}" for stage in range(4))]
 # A checkpoint of the first plan is read by the second: only where Capabilities.reshardable says so.
 RESHARDED = [("fsdp2-zero3", "ddp"), ("ddp", "fsdp2-zero2")]
 
@@ -94,7 +95,9 @@ class Bench:
             key = f"{name}-{count}"
             saving = {"save": str(self.folder / key), "save_after": SAVE_AFTER}
             cases[key] = {**whole, **saving, "plan": as_plan(name, count)}
-            cases[f"{name}-bf16"] = {**whole, "plan": {**as_plan(name, 2), "precision": "bf16"}}
+        for name in BF16:
+            if PLANS[name]["strategy"] == strategy:
+                cases[f"{name}-bf16"] = {**whole, "plan": {**as_plan(name, 2), "precision": "bf16"}}
         return self._start(cases, f"{strategy}-train")
 
     def _resume(self, strategy: str) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def train_plainly(weights: Path, data: np.ndarray) -> dict[str, Any]:
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     with torch.no_grad():
         return {"losses": losses, "norms": norms, "evaluated": float(loss_of(data[NUM_STEPS]))}
 
@@ -221,7 +224,7 @@ def test_resume_is_bit_identical(bench: Bench, name: str, count: int) -> None:
     assert resumed["evaluated"] == unbroken["evaluated"]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", BF16)
 def test_bf16_stays_near_fp32(bench: Bench, name: str) -> None:
     losses = bench.trained(PLANS[name]["strategy"])[f"{name}-bf16"]["losses"]
     reference = bench.reference()["losses"]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher.decode import decode
-from strategies.model_spec import MoeSpec, ModelSpec
+from strategies.model_spec import ModelSpec, MoeSpec
 
 TINY = ModelSpec(
     name="tiny",
@@ -74,7 +74,9 @@ def test_flops_follow_the_formula_of_megatron() -> None:
     """
     model, sequence_length = preset("gpt3_175b"), 2048
     layers, hidden, vocab = model.num_layers, model.hidden_size, model.vocab_size
-    expected = 72 * layers * hidden**2 * (1 + sequence_length / (12 * hidden) + vocab / (12 * layers * hidden))
+    expected = (
+        72 * layers * hidden**2 * (1 + sequence_length / (12 * hidden) + vocab / (12 * layers * hidden))
+    )
     assert model.flops_per_token(sequence_length) == pytest.approx(expected, rel=1e-3)
 
 
@@ -133,7 +135,7 @@ def test_impossible_shapes_are_one_sentence(changes: dict[str, Any], sentence: s
         ({"num_groups": 3}, "model.moe.num_groups=3 does not divide model.moe.num_experts=8"),
     ],
 )
-def test_impossible_mixtures_are_one_sentence(keys: dict[str, int], sentence: str) -> None:
+def test_impossible_mixtures_are_one_sentence(keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as error:
-        MoeSpec(**({"num_experts": 8, "top_k": 2, "expert_ffn_hidden_size": 32} | keys))
+        MoeSpec(**(dict[str, Any](num_experts=8, top_k=2, expert_ffn_hidden_size=32) | keys))
     assert str(error.value) == sentence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -46,9 +47,9 @@ def test_a_constant_schedule_stays_after_the_warm_up() -> None:
         ("max_grad_norm", -0.1),
     ],
 )
-def test_values_that_cannot_be_meant_are_named(key: str, value: float) -> None:
+def test_values_that_cannot_be_meant_are_named(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"training.{key}={value}"):
-        replace(TRAINING, **{key: value})
+        replace(TRAINING, **dict[str, Any]({key: value}))
 
 
 def test_a_plan_multiplies_out() -> None:

@@ -1,0 +1,266 @@
+"""rank(): what it guarantees whatever the formulas say, and the sentences when nothing can be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from importlib import resources
+from typing import Any, ClassVar, TypeVar
+
+import pytest
+import yaml
+
+import strategies
+from launcher.cluster.spec import ClusterSpec
+from launcher.decode import decode
+from launcher.errors import PlanError
+from launcher.planner.cost import parts
+from launcher.planner.search import PlanRequest, Ranking, rank, usable_bytes
+from strategies.base import Capabilities, StateBytes
+from strategies.model_spec import ModelSpec
+from strategies.spec import TrainingSpec
+
+T = TypeVar("T")
+
+STATE = StateBytes(weights=2, gradients=4, optimizer=12)
+DATA_PARALLEL = Capabilities(
+    zero_stages=frozenset({0, 1, 2, 3}),
+    precisions=frozenset({"bf16", "fp32"}),
+    recompute=frozenset({"none", "full"}),
+    state_bytes={"bf16": STATE, "fp32": STATE},
+    offload_optimizer_stages=frozenset({1, 2, 3}),
+    offload_parameters_stages=frozenset({3}),
+)
+EVERYTHING = replace(
+    DATA_PARALLEL, degrees=frozenset({"tp", "pp", "vp", "cp", "ep", "etp"}), sequence_parallel=True
+)
+
+
+def preset(cls: type[T], group: str, name: str) -> T:
+    text = (resources.files("hydra_configs") / group / f"{name}.yaml").read_text("utf-8")
+    return decode(cls, yaml.safe_load(text), group)
+
+
+H100 = preset(ClusterSpec, "cluster", "h100_sxm")
+LLAMA_8B = preset(ModelSpec, "model", "llama3_8b")
+LLAMA_70B = preset(ModelSpec, "model", "llama3_70b")
+TRAINING = TrainingSpec(sequence_length=4096, global_batch_size=512, num_steps=10)
+
+
+@pytest.fixture(autouse=True)
+def engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two invented engines, so that no adapter's progress changes these tests."""
+    table = {"plain": DATA_PARALLEL, "full": EVERYTHING}
+
+    def load(name: str) -> Any:
+        class Adapter:
+            capabilities: ClassVar[Capabilities] = table[name]
+
+        return Adapter
+
+    monkeypatch.setattr(strategies, "load", load)
+
+
+def ranked(
+    *,
+    model: ModelSpec = LLAMA_8B,
+    cluster: ClusterSpec = H100,
+    training: TrainingSpec = TRAINING,
+    names: Sequence[str] = ("plain",),
+    **pins: Any,
+) -> Ranking:
+    return rank(model, cluster, training, PlanRequest(**pins), strategies=names)
+
+
+def refused(**arguments: Any) -> str:
+    with pytest.raises(PlanError) as error:
+        ranked(**arguments).choose()
+    return str(error.value)
+
+
+CLUSTERS = [
+    entry.name.removesuffix(".yaml")
+    for entry in sorted(
+        (resources.files("hydra_configs") / "cluster").iterdir(), key=lambda entry: entry.name
+    )
+    if entry.name.endswith(".yaml") and entry.name != "local.yaml"
+]
+MODELS = [
+    entry.name.removesuffix(".yaml")
+    for entry in sorted((resources.files("hydra_configs") / "model").iterdir(), key=lambda entry: entry.name)
+    if entry.name.endswith(".yaml")
+]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_every_cluster_preset_plans_a_small_model(name: str) -> None:
+    cluster = preset(ClusterSpec, "cluster", name)
+    training = replace(TRAINING, sequence_length=512, precision="bf16" if name != "v100" else "fp32")
+    model = preset(ModelSpec, "model", "gpt2_124m")
+    best = ranked(model=model, cluster=cluster, training=training).choose()
+    assert best.plan.world_size == cluster.world_size
+    assert best.plan.zero_stage == 0
+    assert best.cost is not None
+    assert best.cost.mfu is not None
+    assert 0.05 < best.cost.mfu < 0.8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_preset_plans_on_many_gpus(name: str) -> None:
+    model = preset(ModelSpec, "model", name)
+    cluster = replace(H100, num_nodes=64)
+    training = replace(
+        TRAINING, sequence_length=min(2048, model.max_position_embeddings), global_batch_size=1024
+    )
+    best = ranked(model=model, cluster=cluster, training=training, names=["full"]).choose()
+    assert best.plan.world_size == 512
+    assert best.plan.global_batch_size == 1024
+
+
+@pytest.mark.parametrize("engine", ["plain", "full"])
+def test_all_candidates_are_legal_fit_and_add_up(engine: str) -> None:
+    ranking = ranked(model=LLAMA_70B, cluster=replace(H100, num_nodes=8), names=[engine])
+    assert ranking.candidates
+    assert ranking.rejected
+    for candidate in ranking.candidates:
+        plan, cost = candidate.plan, candidate.cost
+        assert cost is not None
+        assert plan.world_size == 64
+        assert plan.global_batch_size == TRAINING.global_batch_size
+        assert cost.memory.total <= usable_bytes(H100)
+        assert cost.memory.total == pytest.approx(sum(parts(cost.memory).values()))
+        assert cost.step_s == pytest.approx(sum(parts(cost.time).values()))
+        assert min(parts(cost.memory).values()) >= 0
+        assert min(parts(cost.time).values()) >= 0
+
+
+def test_more_memory_never_loses_a_plan() -> None:
+    previous: set[str] = set()
+    for memory_gib in (20.0, 40.0, 80.0, 160.0, 400.0):
+        cluster = replace(H100, gpu=replace(H100.gpu, memory_gib=memory_gib))
+        # Offloading is only weighed where nothing else fits, so it is held fixed here.
+        ranking = ranked(cluster=cluster, offload_optimizer=False, offload_parameters=False)
+        plans = {repr(candidate.plan) for candidate in ranking.candidates}
+        assert previous <= plans
+        previous = plans
+    assert previous
+
+
+@pytest.mark.parametrize("num_nodes", [1, 4, 32])
+def test_memory_falls_weakly_with_the_zero_stage(num_nodes: int) -> None:
+    cluster = replace(H100, num_nodes=num_nodes, gpu=replace(H100.gpu, memory_gib=10_000.0))
+    totals = []
+    for stage in (0, 1, 2, 3):
+        best = ranked(cluster=cluster, zero_stage=stage, micro_batch_size=1, recompute="none").choose()
+        assert best.cost is not None
+        totals.append(best.cost.memory.total)
+    assert totals == sorted(totals, reverse=True)
+    assert totals[3] < totals[0]
+
+
+def test_pinned_values_are_never_changed() -> None:
+    pins: dict[str, Any] = {"tp": 4, "pp": 2, "zero_stage": 1, "micro_batch_size": 2, "recompute": "full"}
+    ranking = ranked(cluster=replace(H100, num_nodes=8), names=["full"], sequence_parallel=False, **pins)
+    assert len(ranking.candidates) > 1
+    for candidate in ranking.candidates:
+        assert candidate.plan.sequence_parallel is False
+        assert {key: getattr(candidate.plan, key) for key in pins} == pins
+
+
+def test_a_wholly_pinned_plan_is_the_only_candidate() -> None:
+    pins: dict[str, Any] = {
+        "dp": 8,
+        "zero_stage": 3,
+        "micro_batch_size": 1,
+        "num_microbatches": 64,
+        "recompute": "full",
+        "offload_optimizer": True,
+        "offload_parameters": True,
+    }
+    ranking = ranked(**pins)
+    assert len(ranking.candidates) == 1
+    assert {key: getattr(ranking.choose().plan, key) for key in pins} == pins
+
+
+def test_the_order_of_strategies_does_not_matter() -> None:
+    forward, backward = ranked(names=["full", "plain"]), ranked(names=["plain", "full"])
+    assert forward.candidates == backward.candidates
+    assert forward.rejected == backward.rejected
+    assert {candidate.plan.strategy for candidate in forward.candidates} == {"full", "plain"}
+
+
+def test_the_simplest_of_equally_fast_plans_is_chosen() -> None:
+    best = ranked(
+        model=preset(ModelSpec, "model", "gpt2_124m"), training=replace(TRAINING, sequence_length=512)
+    )
+    plan = best.choose().plan
+    assert (plan.zero_stage, plan.recompute, plan.offload_optimizer) == (0, "none", False)
+    assert plan.micro_batch_size > 1
+
+
+def test_offload_is_weighed_only_where_nothing_fits_without() -> None:
+    assert not any(c.plan.offload_optimizer for c in ranked().candidates)
+    tight = replace(H100, gpu=replace(H100.gpu, memory_gib=24.0))
+    assert ranked(cluster=tight).choose().plan.offload_optimizer
+    assert ranked(offload_optimizer=True).choose().plan.offload_optimizer
+
+
+def test_host_memory_limits_offload() -> None:
+    tight = replace(H100, gpu=replace(H100.gpu, memory_gib=24.0), host_memory_gib=50.0)
+    assert "cluster.host_memory_gib=50.0" in refused(cluster=tight, zero_stage=3, offload_optimizer=True)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
+    sentence = refused(zero_stage=0)
+    assert "no plan of llama3_8b with plan.zero_stage=0 fits 8 x H100-SXM5-80GB" in sentence
+    assert "weights 15.0, gradients 29.9, optimizer 89.7" in sentence
+    assert "of the 76.1 GiB usable" in sentence
+    assert sentence.endswith("plan.zero_stage=2 would fit")
+    assert ranked(zero_stage=2).candidates
+
+
+def test_more_nodes_are_the_remedy_where_no_pin_is() -> None:
+    no_host = replace(H100, host_memory_gib=1.0)
+    sentence = refused(model=LLAMA_70B, cluster=no_host)
+    nodes = int(sentence.rpartition("cluster.num_nodes=")[2].split()[0])
+    assert ranked(model=LLAMA_70B, cluster=replace(no_host, num_nodes=nodes)).candidates
+    assert not ranked(model=LLAMA_70B, cluster=replace(no_host, num_nodes=nodes // 2)).candidates
+
+
+def test_a_remedy_grows_the_batch_where_the_ranks_outnumber_it() -> None:
+    no_host = replace(H100, host_memory_gib=1.0)
+    sentence = refused(model=LLAMA_70B, cluster=no_host, training=replace(TRAINING, global_batch_size=8))
+    assert "with training.global_batch_size=" in sentence
+
+
+def test_rejections_count_every_plan_once() -> None:
+    ranking = ranked(zero_stage=0, cluster=replace(H100, gpu=replace(H100.gpu, memory_gib=60.0)))
+    everything = ranked(zero_stage=0, cluster=replace(H100, gpu=replace(H100.gpu, memory_gib=9999.0)))
+    assert sum(rejection.count for rejection in ranking.rejected) == len(everything.candidates)
+
+
+def test_of_several_engines_one_may_be_unable() -> None:
+    ranking = ranked(names=["plain", "full"], tp=2, cluster=replace(H100, num_nodes=2))
+    assert {candidate.plan.strategy for candidate in ranking.candidates} == {"full"}
+    assert any(
+        "strategy=plain does not offer plan.tp=2" in rejection.reason for rejection in ranking.rejected
+    )
+
+
+@pytest.mark.parametrize("num_nodes", [8, 32, 128])
+def test_ranking_is_fast(num_nodes: int) -> None:
+    training = replace(TRAINING, global_batch_size=1024)
+    started = time.process_time()
+    ranking = ranked(model=LLAMA_70B, cluster=replace(H100, num_nodes=num_nodes), training=training)
+    assert time.process_time() - started < 0.2
+    assert ranking.candidates
+
+
+def test_a_request_names_what_cannot_be_meant() -> None:
+    for field in fields(PlanRequest):
+        assert getattr(PlanRequest(), field.name) is None
+    with pytest.raises(ValueError, match=r"plan\.tp=0 must be at least 1; null lets the planner choose"):
+        PlanRequest(tp=0)
+    with pytest.raises(ValueError, match=r"plan\.zero_stage=4 is not a ZeRO stage"):
+        PlanRequest(zero_stage=4)
