@@ -6,6 +6,7 @@ Hydra's term Launcher (`hydra/launcher=...`) is a different thing from this pack
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import yaml
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
@@ -50,7 +51,7 @@ def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
         if faults:
             return  # the first fault ends a sweep
         try:
-            task(build_job(config))
+            task(build_job(config, overrides=HydraConfig.get().overrides.task))
         except Exception as error:  # carried past Hydra, which would print its own words about it
             faults.append(error)
 
@@ -85,7 +86,7 @@ def complete_shell(arguments: Sequence[str], verbs: Sequence[str]) -> None:
         run_hydra(arguments, lambda job: None)
 
 
-def build_job(config: DictConfig) -> Job:
+def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
     """Decode a composed configuration strictly; fill in what `null` leaves to the machine and the model."""
     container = OmegaConf.to_container(config, resolve=True)
     assert isinstance(container, dict)
@@ -93,6 +94,8 @@ def build_job(config: DictConfig) -> Job:
     plain.pop("experiment", None)
     model = _section(plain, "model")
     hf_config, weights = _model_source(model)
+    if hf_config is not None:
+        _refuse_shape_keys(overrides)
     spec = decode(ModelSpec, model, "model") if hf_config is None else _read_hf_config(hf_config)
     cluster = _cluster(_section(plain, "cluster"))
     job = decode(
@@ -167,10 +170,19 @@ def _model_source(model: dict[str, Any]) -> tuple[Path | None, Path | None]:
     return path, folder
 
 
+def _refuse_shape_keys(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        if override.lstrip("+").startswith("model.") and not OPEN_KEYS.match(override.lstrip("+")):
+            raise ConfigError(
+                f"{override} has no effect beside model.hf_config, which gives the whole shape; "
+                "remove it, or change the file"
+            )
+
+
 def _read_hf_config(path: Path) -> ModelSpec:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ConfigError(
             f"model.hf_config={path} cannot be read as JSON; give a Hugging Face config.json"
         ) from error

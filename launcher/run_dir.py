@@ -149,11 +149,11 @@ def create(
         if path.exists():
             path.rmdir()  # an empty folder, as check_free saw
         os.replace(aside, path)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise RunDirError(
-            f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
-        ) from error
+        if isinstance(error, OSError):
+            raise RunDirError(f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder") from error
+        raise
     return RunDir(path=path.resolve())
 
 

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher import compose
+from launcher.config import Job
+from launcher.errors import ConfigError
+from strategies.hf_config import to_hf_config
+from strategies.model_spec import ModelSpec
+
+
+def job_of(*words: str) -> Job:
+    jobs: list[Job] = []
+    compose.run_hydra(words, jobs.append)
+    assert len(jobs) == 1
+    return jobs[0]
+
+
+def options(repository: Path, group: str) -> list[str]:
+    return sorted(path.stem for path in (repository / "hydra_configs" / group).glob("*.yaml"))
+
+
+GROUPS = ("model", "cluster", "training", "plan", "strategy", "submit", "monitor", "experiment", "data")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_shipped_option_composes_and_decodes(repository: Path, tmp_path: Path, group: str) -> None:
+    assert options(repository, group)
+    for option in options(repository, group):
+        extra = (f"data.paths=[{tmp_path}]",) if group == "data" and option != "stdlib" else ()
+        assert isinstance(job_of(f"{group}={option}", *extra), Job)
+
+
+def test_every_group_of_the_configuration_is_listed(repository: Path) -> None:
+    folders = {path.name for path in (repository / "hydra_configs").iterdir() if path.is_dir()}
+    assert folders - {"hydra", "__pycache__"} == set(GROUPS)
+
+
+def test_yaml_stays_small(repository: Path) -> None:
+    for path in (repository / "hydra_configs").rglob("*.yaml"):
+        assert len(path.read_text().splitlines()) <= 45, path
+
+
+def test_engine_keys_need_no_plus_sign() -> None:
+    job = job_of("strategy=deepspeed", "strategy.engine.zero_optimization.overlap_comm=false")
+    assert job.strategy.engine == {"zero_optimization": {"overlap_comm": False}}
+
+
+def test_a_hugging_face_config_gives_the_shape(tmp_path: Path, tiny_model: ModelSpec) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(tiny_model)))
+    job = job_of(f"model.hf_config={folder}")
+    assert job.model.num_parameters == tiny_model.num_parameters
+    assert job.model.name == "mine"
+    assert job.hf_config == str(folder / "config.json")
+
+
+def test_weights_bring_their_own_shape(tmp_path: Path, tiny_model: ModelSpec) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(tiny_model)))
+    with pytest.raises(ConfigError, match="safetensors"):
+        job_of(f"model.weights={tmp_path}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    job = job_of(f"model.weights={tmp_path}")
+    assert job.weights == str(tmp_path)
+    assert job.model.hidden_size == tiny_model.hidden_size
+
+
+def test_shape_keys_beside_a_hugging_face_config_are_refused(tmp_path: Path, tiny_model: ModelSpec) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(to_hf_config(tiny_model)))
+    with pytest.raises(ConfigError, match=r"model\.num_layers=4 has no effect beside model\.hf_config"):
+        job_of(f"model.hf_config={tmp_path}", "model.num_layers=4")
+
+
+def test_torchrun_decides_the_size_of_the_local_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(key, value)
+    cluster = job_of().cluster
+    assert (cluster.num_nodes, cluster.gpus_per_node) == (2, 3)
+
+
+def test_the_frozen_configuration_decodes_to_the_same_job(call: Callable[..., Any], tmp_path: Path) -> None:
+    words = ("strategy=fake", "monitor=none", "cluster.gpus_per_node=1", "data.max_bytes=200000")
+    words += ("training.sequence_length=32", "training.num_steps=1", f"run_dir={tmp_path / 'run'}")
+    assert call("train", *words, "--json").code == 0
+    frozen = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert frozen["training"]["num_steps"] == 1
+    assert frozen["training"]["learning_rate"] is not None
+    assert frozen["cluster"]["gpus_per_node"] == 1
