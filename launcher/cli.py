@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 import psutil
 
+import launcher.planner.explain as explain
 from launcher import __version__, checks, compose, planner, provenance, run_dir, show, supervise
 from launcher.config import Job
 from launcher.data.tokens import prepare
 from launcher.errors import FINISHED, INTERRUPTED, ConfigError, EngineError, LauncherError, RunDirError
-from launcher.planner import explain
 from launcher.run_dir import RunDir
 from strategies.names import suggest
 
@@ -181,7 +181,9 @@ def _run_path(job: Job, strategy: str) -> Path:
 
 
 def _same_run(run: RunDir, job: Job) -> RunDir:
-    if run.job() != job:
+    frozen = run.job()
+    # What was detected (free memory, say) differs from start to start; the number of ranks must not.
+    if replace(job, cluster=frozen.cluster) != frozen or job.cluster.world_size != frozen.cluster.world_size:
         raise RunDirError(
             f"run_dir={run.path} holds a run with another configuration; "
             "choose another folder, or start `meshwright resume` on it"

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,32 @@ from strategies.model_spec import ModelSpec
 from strategies.names import suggest
 
 HYDRA_FLAGS = frozenset(
-    "--help -h --hydra-help --version --cfg -c --resolve --package -p --run -r --multirun -m --shell-completion -sc "
-    "--config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i".split()
+    [
+        "--help",
+        "-h",
+        "--hydra-help",
+        "--version",
+        "--cfg",
+        "-c",
+        "--resolve",
+        "--package",
+        "-p",
+        "--run",
+        "-r",
+        "--multirun",
+        "-m",
+        "--shell-completion",
+        "-sc",
+        "--config-path",
+        "-cp",
+        "--config-name",
+        "-cn",
+        "--config-dir",
+        "-cd",
+        "--experimental-rerun",
+        "--info",
+        "-i",
+    ]
 )
 # Groups of keys that no YAML lists: what is passed through, and where a model may come from.
 OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
@@ -43,7 +68,6 @@ OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
 
 def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
     """Let Hydra read `arguments` (its own flags included) and call `task` for each job they describe."""
-
     faults: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://hydra_configs", config_name="config")
@@ -60,7 +84,11 @@ def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
         if word.startswith("-") and flag not in HYDRA_FLAGS:
             raise ConfigError(f"'{flag}' is not a flag; {suggest(flag, HYDRA_FLAGS | {'--json'})}")
     # With this set Hydra raises instead of printing; the sentence is ours to make.
-    with _environment("HYDRA_FULL_ERROR", "1"), _argv([sys.argv[0], *map(_open, arguments)]):
+    with (
+        _environment("HYDRA_FULL_ERROR", "1"),
+        tempfile.TemporaryDirectory(prefix="meshwright-sweep-") as sweep,
+        _argv([sys.argv[0], f"hydra.sweep.dir={sweep}", *map(_open, arguments)]),
+    ):
         try:
             application()
         except SystemExit:

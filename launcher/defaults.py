@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,21 +38,21 @@ def _precision(cluster: ClusterSpec) -> str:
 
 
 def _learning_rate(num_parameters: int) -> float:
-    """6e-4 at 124M parameters, falling with the cube root of size: follows GPT-3's table 2.1 within a factor 1.5."""
+    """6e-4 at 124M parameters, falling with the cube root of size: follows GPT-3's table 2.1 within a factor 2."""
     rate = 6e-4 * (124e6 / num_parameters) ** (1 / 3)
-    return float(f"{min(3e-3, max(6e-5, rate)):.1e}")
+    return float(f"{min(1.5e-3, max(6e-5, rate)):.1e}")
 
 
 def _global_batch_size(model: ModelSpec, sequence_length: int, world_size: int) -> int:
     """Sequences per step: GPT-3's half million tokens at 124M parameters and four million from 60B on.
 
     Below 124M the batch shrinks in proportion, so that a toy model makes progress on a laptop.
-    Rounded up to a multiple of the world size, so that every number of data-parallel ranks divides it.
+    A power of two for each rank, so that every number of data-parallel ranks and many micro-batches divide it.
     """
     size = model.num_parameters / 124e6
     tokens = min(2**22, 2**19 * (size if size < 1 else size ** (1 / 3)))
-    sequences = max(1, round(max(4096, tokens) / sequence_length))
-    return -(-sequences // world_size) * world_size
+    per_rank = max(4096, tokens) / sequence_length / world_size
+    return world_size * (1 << max(0, round(math.log2(per_rank))))
 
 
 def _twentieth(num_steps: Any) -> int:

@@ -7,12 +7,13 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+Store: TypeAlias = dist.Store
 # Long for start-up: compilation, weights from a slow disk, ranks that arrive late.
 INIT_TIMEOUT = timedelta(minutes=30)
 RUN_DIR_KEY = "meshwright/run_dir"
@@ -64,17 +65,20 @@ class Ranks:
         return values
 
 
-def share_run_dir(run_dir: str | None) -> str:
-    """Hand rank 0's run directory to the ranks that were started without one (bare torchrun)."""
+def share_run_dir(run_dir: str | None) -> tuple[str, Store]:
+    """Hand rank 0's run directory to the ranks that were started without one (bare torchrun).
+
+    Returns the store as well: rank 0 may be its server, so it has to outlive the process group.
+    """
     store, rank, _ = next(iter(dist.rendezvous("env://", timeout=INIT_TIMEOUT)))
     if rank == 0:
         assert run_dir is not None
         store.set(RUN_DIR_KEY, run_dir)
-        return run_dir
-    return str(store.get(RUN_DIR_KEY).decode())
+        return run_dir, store
+    return str(store.get(RUN_DIR_KEY).decode()), store
 
 
-def connect(environment: Mapping[str, str]) -> Ranks:
+def connect(environment: Mapping[str, str], *, store: Store | None = None) -> Ranks:
     """Read torchrun's variables and, with more than one rank, open the process group every engine uses."""
     ranks = Ranks(
         rank=int(environment.get("RANK", "0")),
@@ -86,7 +90,14 @@ def connect(environment: Mapping[str, str]) -> Ranks:
         torch.cuda.set_device(ranks.local_rank)
     if ranks.world_size > 1:
         # CPU tensors go through gloo, so that a stop flag never waits for a GPU stream.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=INIT_TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=INIT_TIMEOUT,
+            store=store,
+            # torch reads these two from the environment itself, but not beside a store.
+            rank=ranks.rank if store is not None else -1,
+            world_size=ranks.world_size if store is not None else -1,
+        )
     return ranks
 
 

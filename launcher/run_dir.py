@@ -152,7 +152,9 @@ def create(
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError):
-            raise RunDirError(f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder") from error
+            raise RunDirError(
+                f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
+            ) from error
         raise
     return RunDir(path=path.resolve())
 

@@ -21,7 +21,7 @@ from launcher.monitor.metrics import MetricsFile, truncate_after
 from launcher.monitor.progress import Reporter
 from launcher.monitor.writers import Writer, open_writers
 from launcher.provenance import versions
-from launcher.ranks import Ranks
+from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
 from launcher.trainer import Machine, Trainer
 
@@ -32,21 +32,22 @@ SHARE = "--share"
 
 def main(arguments: list[str]) -> int:
     """Run this rank; return its exit code."""
+    store = None
     where = None if arguments == [FROM_RANK0] else arguments[-1]
     if FROM_RANK0 in arguments or SHARE in arguments:
-        where = torch_side.share_run_dir(where)
+        where, store = torch_side.share_run_dir(where)
     assert where is not None
     rank = int(os.environ.get("RANK", "0"))
     run = RunDir(path=Path(where))
     try:
         run = open_run(Path(where))
-        _work(run)
+        _work(run, store=store)
     except Exception as error:
         return _report(run, rank=rank, error=error)
     return 0
 
 
-def _work(run: RunDir) -> None:
+def _work(run: RunDir, *, store: Store | None) -> None:
     job, plan, dataset = run.job(), run.plan(), run.dataset()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != plan.world_size:
@@ -54,7 +55,7 @@ def _work(run: RunDir) -> None:
             f"WORLD_SIZE={world_size} does not match the frozen plan of {plan.world_size} ranks "
             f"(dp={plan.dp} tp={plan.tp} pp={plan.pp} cp={plan.cp}); start {plan.world_size} processes"
         )
-    ranks = torch_side.connect(os.environ)
+    ranks = torch_side.connect(os.environ, store=store)
     log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
     try:
         trainer = Trainer(

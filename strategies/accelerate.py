@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 # whole gradients on every rank until the last one (DDP's default).
 ENGINE_KEYS: Mapping[str, Any] = {
     "ddp": dict.fromkeys(
-        ("broadcast_buffers", "bucket_cap_mb", "find_unused_parameters", "gradient_as_bucket_view", "static_graph")
+        (
+            "broadcast_buffers",
+            "bucket_cap_mb",
+            "find_unused_parameters",
+            "gradient_as_bucket_view",
+            "static_graph",
+        )
     ),
     "fsdp": dict.fromkeys(("auto_wrap_policy", "min_num_params", "transformer_cls_names_to_wrap")),
     "sync_each_batch": None,
@@ -80,10 +86,13 @@ class AccelerateStrategy(Strategy):
             raise ValueError(refusal)
         check(plan.engine, self.capabilities)
         self._plan, self._training = plan, training
+        hf.be_quiet()
         hf.set_deterministic(training)
         device = hf.local_device()
-        self._environment = os.environ.copy()
+        before = dict(os.environ)
         self._accelerator = _create_accelerator(plan, training)
+        # Accelerate speaks to transformers, and to its next instance, through variables.
+        self._replaced = {n: before.get(n) for n, value in os.environ.items() if value != before.get(n)}
         self.dp_rank = self._accelerator.process_index
         hf.seed_everything(training, rank=self.dp_rank)
         sharded_elsewhere = plan.zero_stage > 0 and plan.dp > 1 and self.dp_rank > 0
@@ -96,7 +105,9 @@ class AccelerateStrategy(Strategy):
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
         """Accumulate over the micro-batches, clip by the global norm, step."""
-        assert len(batches) == self._plan.num_microbatches, "the trainer must pass plan.num_microbatches batches"
+        assert len(batches) == self._plan.num_microbatches, (
+            "the trainer must pass plan.num_microbatches batches"
+        )
         hf.set_learning_rate(self._optimizer, learning_rate)
         losses = []
         for index, batch in enumerate(batches):
@@ -126,7 +137,10 @@ class AccelerateStrategy(Strategy):
         """Write sharded model and optimizer with torch's distributed checkpoint, and random states."""
         from torch.distributed import checkpoint
 
-        checkpoint.save(self._state(), checkpoint_id=directory, no_dist=self._plan.dp == 1)
+        state = self._state()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.save(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
         hf.save_random_state(directory, rank=self.dp_rank)
 
     def load(self, directory: Path) -> None:
@@ -135,7 +149,9 @@ class AccelerateStrategy(Strategy):
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         state = self._state()
-        checkpoint.load(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            checkpoint.load(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
         set_state_dict(
             self._model,
             self._optimizer.optimizer,
@@ -151,8 +167,10 @@ class AccelerateStrategy(Strategy):
         del self._model, self._optimizer, self._accelerator
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        os.environ.clear()
-        os.environ.update(self._environment)
+        for name, value in self._replaced.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
     def _loss(self, batch: MicroBatch) -> torch.Tensor:
         inputs, labels = hf.to_tensors(batch, self._accelerator.device)

@@ -124,7 +124,7 @@ class Strategy(ABC):
     capabilities: ClassVar[Capabilities]
     dp_rank: int  # which slice of the data this rank reads
 
-    @staticmethod
+    @staticmethod  # noqa: B027
     def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
         """Write the seeded initial weights that every rank loads in `setup`; called on one rank, once a run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -84,7 +85,9 @@ class DeepSpeedStrategy(Strategy):
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
         """Run the engine's accumulation to its boundary; it clips and steps."""
-        assert len(batches) == self._plan.num_microbatches, "the trainer must pass plan.num_microbatches batches"
+        assert len(batches) == self._plan.num_microbatches, (
+            "the trainer must pass plan.num_microbatches batches"
+        )
         hf.set_learning_rate(self._engine.optimizer, learning_rate)
         losses = []
         for batch in batches:
@@ -138,6 +141,7 @@ class DeepSpeedStrategy(Strategy):
 
 
 def _import_deepspeed() -> Any:
+    hf.be_quiet()
     try:
         import deepspeed
     except ImportError as error:
@@ -159,6 +163,7 @@ def _join_single_rank_group() -> None:
     """
     import torch.distributed as dist
 
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 

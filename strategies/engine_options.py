@@ -51,4 +51,6 @@ def _check_owned(full: str, dotted: str, value: Any, capabilities: Capabilities)
         ours = capabilities.owned_engine_keys[dotted]
         raise ValueError(f"{full}={value} is decided by {ours}; set {ours} and remove this key")
     if dotted in capabilities.unused_engine_keys:
-        raise ValueError(f"{full}={value} would have no effect here, that part of the engine is not used; remove it")
+        raise ValueError(
+            f"{full}={value} would have no effect here, that part of the engine is not used; remove it"
+        )

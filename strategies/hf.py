@@ -39,16 +39,16 @@ _SHAPE = (
 
 def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
     """Write config.json (unless one is there) and seeded fp32 weights; does nothing when they are complete."""
+    if (directory / COMPLETE).exists():
+        return
+    be_quiet()
     import torch
     from transformers import AutoModelForCausalLM
 
-    if (directory / COMPLETE).exists():
-        return
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "config.json").exists():
         text = json.dumps(to_hf_config(model), indent=2)
         (directory / "config.json").write_text(text, encoding="utf-8")
-    _be_quiet()
     config = _read_config(directory, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
@@ -59,30 +59,35 @@ def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) ->
 
 def build_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
     """Load the folder `weights` in fp32 for training, or say in one sentence why it does not fit `model`."""
+    be_quiet()
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _be_quiet()
     config = _read_config(weights, model)
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             weights, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"weights={weights} cannot be read ({_first_line(error)}); check the folder") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"weights={weights} cannot be read ({_first_line(error)}); check the folder"
+        ) from error
     if report["missing_keys"]:
         first = sorted(report["missing_keys"])[0]
-        raise ValueError(f"weights={weights} lacks {len(report['missing_keys'])} tensors, '{first}' among them")
+        raise ValueError(
+            f"weights={weights} lacks {len(report['missing_keys'])} tensors, '{first}' among them"
+        )
     return _for_training(network)
 
 
 def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
     """Build the model without its weights: memory is reserved and not touched, buffers are real."""
+    be_quiet()
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    _be_quiet()
     with init_empty_weights(include_buffers=False):
         network = AutoModelForCausalLM.from_config(_read_config(weights, model), dtype=torch.float32)
     for module in network.modules():
@@ -90,6 +95,20 @@ def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
             setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
     network.tie_weights()
     return _for_training(network)
+
+
+def be_quiet() -> None:
+    """Keep progress bars and advice of the libraries off the console; faults are exceptions. Call before they load."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # an installed DeepSpeed would report its search for GPUs
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def enable_recompute(network: PreTrainedModel, plan: Plan) -> None:
@@ -120,7 +139,8 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def parameter_groups(network: torch.nn.Module, training: TrainingSpec) -> list[dict[str, Any]]:
     """Split parameters for AdamW: matrices decay, norms and biases do not."""
-    matrices, vectors = [], []
+    matrices: list[torch.Tensor] = []
+    vectors: list[torch.Tensor] = []
     for parameter in network.parameters():
         # DeepSpeed's ZeRO-3 leaves an empty vector behind and keeps the real shape here.
         shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -129,7 +149,9 @@ def parameter_groups(network: torch.nn.Module, training: TrainingSpec) -> list[d
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def create_optimizer(groups: list[dict[str, Any]], training: TrainingSpec, *, fused: bool) -> torch.optim.AdamW:
+def create_optimizer(
+    groups: list[dict[str, Any]], training: TrainingSpec, *, fused: bool
+) -> torch.optim.AdamW:
     """Create torch's AdamW; `fused` is one kernel on CUDA."""
     from torch.optim import AdamW
 
@@ -242,11 +264,3 @@ def _for_training(network: PreTrainedModel) -> PreTrainedModel:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _be_quiet() -> None:
-    """Keep progress bars and advice off standard error; faults are exceptions."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

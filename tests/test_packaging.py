@@ -13,12 +13,25 @@ import strategies
 
 
 def test_wheel_holds_our_packages_and_nothing_else(repository: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(repository)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(repository),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"hydra_configs", "launcher", "strategies"}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {
+        "hydra_configs",
+        "launcher",
+        "strategies",
+    }
     packed = {name for name in names if name.endswith((".py", ".yaml"))}
     for package in ("launcher", "strategies", "hydra_configs"):
         for source in (repository / package).rglob("*"):

@@ -38,7 +38,16 @@ def test_every_module_has_a_test_of_its_name() -> None:
             assert inside.with_name(f"test_{inside.name}") in tests, f"{inside} has no mirrored test"
 
 
-FRAMEWORKS = ("torch", "transformers", "accelerate", "deepspeed", "megatron", "colossalai", "datasets", "wandb")
+FRAMEWORKS = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "megatron",
+    "colossalai",
+    "datasets",
+    "wandb",
+)
 
 
 @pytest.mark.parametrize("strategy", ["accelerate", "deepspeed", "fake", "auto"])
@@ -48,7 +57,9 @@ def test_planning_imports_no_framework(strategy: str) -> None:
         f"code = cli.run(['plan', 'strategy={strategy}', 'model=llama3_8b', 'cluster=h100_sxm', '--json']); "
         f"print(code, sorted(set(sys.modules) & set({FRAMEWORKS!r})), file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stderr.strip().splitlines()[-1] == "0 []"
 
 

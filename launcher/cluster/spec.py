@@ -57,6 +57,11 @@ class ClusterSpec:
                 raise ValueError(f"cluster.{key}={getattr(self, key)} must be at least 1")
         if not self.links:
             raise ValueError("cluster.links=[] must name at least one tier of links")
+        if not 0 <= self.reserved_gib < self.gpu.memory_gib:
+            raise ValueError(
+                f"cluster.reserved_gib={self.reserved_gib} must be below "
+                f"cluster.gpu.memory_gib={self.gpu.memory_gib} and not negative"
+            )
 
     @property
     def world_size(self) -> int:

@@ -49,7 +49,11 @@ PLANS: dict[str, dict[str, Any]] = {
     "ddp": {"strategy": "accelerate", "zero_stage": 0},
     "fsdp2-zero2": {"strategy": "accelerate", "zero_stage": 2},
     "fsdp2-zero3": {"strategy": "accelerate", "zero_stage": 3},
-    "fsdp2-whole-gradients": {"strategy": "accelerate", "zero_stage": 3, "engine": {"sync_each_batch": False}},
+    "fsdp2-whole-gradients": {
+        "strategy": "accelerate",
+        "zero_stage": 3,
+        "engine": {"sync_each_batch": False},
+    },
     "fsdp2-recompute": {"strategy": "accelerate", "zero_stage": 3, "recompute": "full"},
     "deepspeed-zero0": {"strategy": "deepspeed", "zero_stage": 0},
     "deepspeed-zero1": {"strategy": "deepspeed", "zero_stage": 1},
@@ -64,6 +68,8 @@ PLANS: dict[str, dict[str, Any]] = {
         "offload_parameters": True,
     },
 }
+# Engines that share a process start; one that needs an environment of its own gets a name of its own.
+STARTS = {"accelerate": "torch", "deepspeed": "torch"}
 MICROBATCHES = (1, 2)
 EXTRAS = {"fsdp2-whole-gradients", "fsdp2-recompute", "deepspeed-zero3-recompute"}  # one count is enough
 CASES = [(name, count) for name in PLANS for count in MICROBATCHES if count == 2 or name not in EXTRAS]
@@ -78,7 +84,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 class Bench:
-    """Weights and data made once; each engine started twice: to train, and to resume in new processes."""
+    """Weights and data made once; ranks are started twice: to train, and to resume in new processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,32 +94,29 @@ class Bench:
         self.resumed = cache(self._resume)
         self.reference = cache(self._reference)
 
-    def _train(self, strategy: str) -> dict[str, Any]:
+    def _train(self, start: str) -> dict[str, Any]:
         whole = {"first": 0, "last": NUM_STEPS, "load": None, "save": None, "save_after": None}
         cases = {}
-        for name, count in self._cases_of(strategy):
+        for name, count in cases_of(start):
             key = f"{name}-{count}"
             saving = {"save": str(self.folder / key), "save_after": SAVE_AFTER}
             cases[key] = {**whole, **saving, "plan": as_plan(name, count)}
         for name in BF16:
-            if PLANS[name]["strategy"] == strategy:
+            if start_of(name) == start:
                 cases[f"{name}-bf16"] = {**whole, "plan": {**as_plan(name, 2), "precision": "bf16"}}
-        return self._start(cases, f"{strategy}-train")
+        return self._start(cases, f"{start}-train")
 
-    def _resume(self, strategy: str) -> dict[str, Any]:
+    def _resume(self, start: str) -> dict[str, Any]:
         rest = {"first": SAVE_AFTER, "last": NUM_STEPS, "save": None, "save_after": None}
         cases = {}
-        for name, count in self._cases_of(strategy):
+        for name, count in cases_of(start):
             key = f"{name}-{count}"
             cases[key] = {**rest, "load": str(self.folder / key), "plan": as_plan(name, count)}
         for source, target in RESHARDED:
-            if PLANS[source]["strategy"] == strategy:
+            if start_of(source) == start:
                 load = str(self.folder / f"{source}-1")
                 cases[f"{source}-to-{target}"] = {**rest, "load": load, "plan": as_plan(target, 1)}
-        return self._start(cases, f"{strategy}-resume")
-
-    def _cases_of(self, strategy: str) -> list[tuple[str, int]]:
-        return [(name, count) for name, count in CASES if PLANS[name]["strategy"] == strategy]
+        return self._start(cases, f"{start}-resume")
 
     def _start(self, cases: dict[str, Any], label: str) -> dict[str, Any]:
         shared = {"model": SHAPE, "training": SCHEDULE}
@@ -126,6 +129,14 @@ class Bench:
 
     def _reference(self) -> dict[str, Any]:
         return train_plainly(self.folder / "weights", np.load(self.folder / "data.npy"))
+
+
+def start_of(name: str) -> str:
+    return STARTS[PLANS[name]["strategy"]]
+
+
+def cases_of(start: str) -> list[tuple[str, int]]:
+    return [(name, count) for name, count in CASES if start_of(name) == start]
 
 
 def learnable_tokens() -> np.ndarray:
@@ -208,7 +219,7 @@ def test_reference_learns_and_clips(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("name", "count"), CASES)
 def test_fp32_matches_plain_pytorch(bench: Bench, name: str, count: int) -> None:
-    result, reference = bench.trained(PLANS[name]["strategy"])[f"{name}-{count}"], bench.reference()
+    result, reference = bench.trained(start_of(name))[f"{name}-{count}"], bench.reference()
     np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-5)
     np.testing.assert_allclose(result["norms"], reference["norms"], rtol=1e-4)
     np.testing.assert_allclose(result["evaluated"], reference["evaluated"], rtol=1e-5)
@@ -216,9 +227,9 @@ def test_fp32_matches_plain_pytorch(bench: Bench, name: str, count: int) -> None
 
 @pytest.mark.parametrize(("name", "count"), CASES)
 def test_resume_is_bit_identical(bench: Bench, name: str, count: int) -> None:
-    strategy, key = PLANS[name]["strategy"], f"{name}-{count}"
-    unbroken = bench.trained(strategy)[key]
-    resumed = bench.resumed(strategy)[key]
+    start, key = start_of(name), f"{name}-{count}"
+    unbroken = bench.trained(start)[key]
+    resumed = bench.resumed(start)[key]
     assert resumed["losses"] == unbroken["losses"][SAVE_AFTER:]
     assert resumed["norms"] == unbroken["norms"][SAVE_AFTER:]
     assert resumed["evaluated"] == unbroken["evaluated"]
@@ -226,7 +237,7 @@ def test_resume_is_bit_identical(bench: Bench, name: str, count: int) -> None:
 
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_stays_near_fp32(bench: Bench, name: str) -> None:
-    losses = bench.trained(PLANS[name]["strategy"])[f"{name}-bf16"]["losses"]
+    losses = bench.trained(start_of(name))[f"{name}-bf16"]["losses"]
     reference = bench.reference()["losses"]
     np.testing.assert_allclose(losses, reference, rtol=1e-2)
     assert losses != reference
@@ -235,5 +246,5 @@ def test_bf16_stays_near_fp32(bench: Bench, name: str) -> None:
 
 @pytest.mark.parametrize(("source", "target"), RESHARDED)
 def test_another_plan_continues_the_checkpoint(bench: Bench, source: str, target: str) -> None:
-    continued = bench.resumed(PLANS[source]["strategy"])[f"{source}-to-{target}"]
+    continued = bench.resumed(start_of(source))[f"{source}-to-{target}"]
     np.testing.assert_allclose(continued["losses"], bench.reference()["losses"][SAVE_AFTER:], rtol=1e-5)

@@ -57,14 +57,21 @@ def test_hydra_flags_work_behind_a_verb(call: Call, tmp_path: Path) -> None:
     own = "name: mine\nmodel_type: llama\nnum_layers: 2\nhidden_size: 32\nnum_attention_heads: 4\n"
     own += "ffn_hidden_size: 64\nvocab_size: 300\nmax_position_embeddings: 64\n"
     (tmp_path / "model" / "mine.yaml").write_text(own)
-    assert call("plan", "--config-dir", str(tmp_path), "model=mine", "--json").json["inputs"]["model"]["name"] == "mine"
+    assert (
+        call("plan", "--config-dir", str(tmp_path), "model=mine", "--json").json["inputs"]["model"]["name"]
+        == "mine"
+    )
 
 
-def test_multirun_prints_one_document_a_job(call: Call) -> None:
+def test_multirun_prints_one_document_a_job(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     outcome = call("plan", "--multirun", "plan.micro_batch_size=1,2", "--json")
     assert outcome.code == 0
     plans = [json.loads(line) for line in outcome.out.splitlines()]
     assert [plan["micro_batch_size"] for plan in plans] == [1, 2]
+    assert not any(tmp_path.iterdir()), "Hydra must leave nothing where we stand"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,15 @@ def test_train_freezes_runs_and_reports(call: Call, tmp_path: Path) -> None:
     facts = outcome.json
     assert (facts["state"], facts["step"]) == ("finished", 6)
     names = {path.name for path in run.iterdir()}
-    assert {"config.yaml", "plan.json", "data.json", "env.json", "events.jsonl", "metrics", "checkpoints"} <= names
+    assert {
+        "config.yaml",
+        "plan.json",
+        "data.json",
+        "env.json",
+        "events.jsonl",
+        "metrics",
+        "checkpoints",
+    } <= names
     plan = json.loads((run / "plan.json").read_text())
     assert plan["strategy"] == "fake"
     assert plan["dp"] == 1
@@ -116,7 +131,9 @@ def test_stop_and_resume(call: Call, tmp_path: Path) -> None:
     assert again.json["step"] == 6
 
 
-def test_default_run_directories_do_not_collide(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_run_directories_do_not_collide(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     first = call("train", *TINY, "--json").json["run_dir"]
     second = call("train", *TINY, "--json").json["run_dir"]

@@ -11,7 +11,11 @@ from launcher.config import Job, SubmitConfig
 def test_the_page_and_the_root_file_name_the_same_keys(repository: Path) -> None:
     root = yaml.safe_load((repository / "hydra_configs" / "config.yaml").read_text())
     groups = {next(iter(item)) for item in root["defaults"] if isinstance(item, dict)}
-    named = {key for key in [*root, *groups] if not key.startswith("override ")} - {"defaults", "hydra", "experiment"}
+    named = {key for key in [*root, *groups] if not key.startswith("override ")} - {
+        "defaults",
+        "hydra",
+        "experiment",
+    }
     # These two come from the model group's pass-through keys model.weights and model.hf_config.
     assert {field.name for field in fields(Job)} - {"weights", "hf_config"} == named
 

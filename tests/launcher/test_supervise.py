@@ -37,10 +37,7 @@ def test_a_foreign_exception_names_rank_host_frame_and_traceback(run: RunDir) ->
     died(run, rank=1)
     error = supervise.explain(run, code=1)
     assert type(error) is errors.TrainingError
-    assert (
-        str(error)
-        == "rank 1 on h failed at train.py:3: ValueError: boom; full traceback in t.txt"
-    )
+    assert str(error) == "rank 1 on h failed at train.py:3: ValueError: boom; full traceback in t.txt"
 
 
 def test_our_own_sentence_keeps_its_class(run: RunDir) -> None:

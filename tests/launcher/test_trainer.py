@@ -73,7 +73,12 @@ def job(tiny_model: ModelSpec, training: TrainingSpec) -> Job:
         num_nodes=1,
         gpus_per_node=1,
         gpu=GpuSpec(
-            name="cpu", memory_gib=4, memory_gb_per_s=10, peak_tflops={"fp32": 0.1}, device="cpu", peak_is_nominal=True
+            name="cpu",
+            memory_gib=4,
+            memory_gb_per_s=10,
+            peak_tflops={"fp32": 0.1},
+            device="cpu",
+            peak_is_nominal=True,
         ),
         links=(Link(size=None, gb_per_s=1, latency_us=1),),
         host_memory_gib=4,

@@ -31,26 +31,41 @@ COMMAND_LINE = [
     case("trian", code=CONFIG, says="'trian' is not a verb; did you mean 'train'?"),
     case("plan", "--multi-run", code=CONFIG, says="'--multi-run' is not a flag; did you mean '--multirun'?"),
     case("plan", "modle=llama3_8b", code=CONFIG, says="modle"),
-    case("plan", "model=llama3_9b", code=CONFIG, says="model=llama3_9b is unknown; did you mean 'llama3_8b'?"),
+    case(
+        "plan", "model=llama3_9b", code=CONFIG, says="model=llama3_9b is unknown; did you mean 'llama3_8b'?"
+    ),
     case("plan", "cluster=h100", code=CONFIG, says="did you mean 'h100_sxm'?"),
     case("plan", "strategy=deepsped", code=CONFIG, says="did you mean 'deepspeed'?"),
     case("plan", "data=jsonlines", code=CONFIG, says="did you mean 'jsonl'?"),
     case("plan", "experiment=smok", code=CONFIG, says="did you mean 'smoke'?"),
-    case("plan", "model.num_layer=4", code=CONFIG, says="unknown key 'model.num_layer'; did you mean 'num_layers'?"),
+    case(
+        "plan",
+        "model.num_layer=4",
+        code=CONFIG,
+        says="unknown key 'model.num_layer'; did you mean 'num_layers'?",
+    ),
     case("plan", "training.num_step=4", code=CONFIG, says="did you mean 'num_steps'?"),
     case("plan", "plan.zero=4", code=CONFIG, says="did you mean 'zero_stage'?"),
     case("plan", "cluster.gpu.memory=4", code=CONFIG, says="unknown key 'cluster.gpu.memory'"),
     case("plan", "chekpoint.interval=4", code=CONFIG, says="chekpoint"),
     case("plan", "+training.lr=4", code=CONFIG, says="unknown key 'training.lr'"),
     case("plan", "training.num_steps", code=CONFIG, says="training.num_steps"),
-    case("plan", "training.num_steps=many", code=CONFIG, says="training.num_steps=many is not a whole number"),
+    case(
+        "plan", "training.num_steps=many", code=CONFIG, says="training.num_steps=many is not a whole number"
+    ),
     case("plan", "training.num_steps=0", code=CONFIG, says="training.num_steps=0 must be at least 1"),
     case("plan", "training.global_batch_size=-8", code=CONFIG, says="training.global_batch_size=-8"),
     case("plan", "training.precision=bf61", code=CONFIG, says="did you mean 'bf16'?"),
     case("plan", "training.learning_rate=0", code=CONFIG, says="training.learning_rate=0.0 must be above 0"),
     case("plan", "training.warmup_steps=999", code=CONFIG, says="leaves nothing of training.num_steps=300"),
     case("plan", "training.deterministic=perhaps", code=CONFIG, says="is not true or false"),
-    case("plan", "model.hidden_size=100", "model.num_attention_heads=7", code=CONFIG, says="model.hidden_size=100"),
+    case(
+        "plan",
+        "model.hidden_size=100",
+        "model.num_attention_heads=7",
+        code=CONFIG,
+        says="model.hidden_size=100",
+    ),
     case("plan", "cluster.gpus_per_node=0", code=CONFIG, says="cluster.gpus_per_node=0 must be at least 1"),
     case("plan", "checkpoint.keep_last=0", code=CONFIG, says="checkpoint.keep_last=0"),
     case("plan", "monitor.log_interval=0", code=CONFIG, says="monitor.log_interval=0"),
@@ -58,26 +73,47 @@ COMMAND_LINE = [
     case("plan", "evaluation.interval=-1", code=CONFIG, says="evaluation.interval=-1"),
     case("plan", "checks.resume_is_exact=true", code=CONFIG, says="set checkpoint.interval"),
     case("plan", "stop_at_step=0", code=CONFIG, says="stop_at_step=0 must be at least 1"),
-    case("plan", "model.hf_config=/no/such/config.json", code=CONFIG, says="model.hf_config=/no/such/config.json"),
-    case("plan", "model.weights=/no/such/folder", code=CONFIG, says="model.weights=/no/such/folder is not a folder"),
+    case(
+        "plan",
+        "model.hf_config=/no/such/config.json",
+        code=CONFIG,
+        says="model.hf_config=/no/such/config.json",
+    ),
+    case(
+        "plan",
+        "model.weights=/no/such/folder",
+        code=CONFIG,
+        says="model.weights=/no/such/folder is not a folder",
+    ),
     case("resume", code=CONFIG, says="takes one run directory"),
     case("resume", "a", "training.num_steps=3", code=CONFIG, says="the run is frozen"),
 ]
 ENGINE_KEYS = [
     case(
-        "plan", "strategy=deepspeed", "strategy.engine.zero_optimisation.stage=3", code=CONFIG,
+        "plan",
+        "strategy=deepspeed",
+        "strategy.engine.zero_optimisation.stage=3",
+        code=CONFIG,
         says="unknown key 'strategy.engine.zero_optimisation'; did you mean 'zero_optimization'?",
     ),
     case(
-        "plan", "strategy=deepspeed", "strategy.engine.zero_optimization.overlap_com=true", code=CONFIG,
+        "plan",
+        "strategy=deepspeed",
+        "strategy.engine.zero_optimization.overlap_com=true",
+        code=CONFIG,
         says="did you mean 'overlap_comm'?",
     ),
     case(
-        "plan", "strategy=deepspeed", "strategy.engine.zero_optimization.stage=3", code=CONFIG,
+        "plan",
+        "strategy=deepspeed",
+        "strategy.engine.zero_optimization.stage=3",
+        code=CONFIG,
         says="plan.zero_stage",
     ),
     case("plan", "strategy.engine.ddp.bucket_cap=3", code=CONFIG, says="did you mean 'bucket_cap_mb'?"),
-    case("plan", "strategy=auto", "strategy.engine.ddp.bucket_cap_mb=3", code=CONFIG, says="needs one engine"),
+    case(
+        "plan", "strategy=auto", "strategy.engine.ddp.bucket_cap_mb=3", code=CONFIG, says="needs one engine"
+    ),
 ]
 IMPOSSIBLE_PLANS = [
     case("plan", *H100, "plan.tp=3", code=PLAN, says="plan.tp=3"),
@@ -85,10 +121,24 @@ IMPOSSIBLE_PLANS = [
     case("plan", *H100, "plan.zero_stage=4", code=CONFIG, says="plan.zero_stage=4 is not a ZeRO stage"),
     case("plan", *H100, "plan.pp=2", code=PLAN, says="plan.pp=2"),
     case("plan", *H100, "plan.ep=2", code=PLAN, says="plan.ep=2"),
-    case("plan", *H100, "plan.micro_batch_size=7", "training.global_batch_size=64", code=PLAN, says="micro_batch_size=7"),
+    case(
+        "plan",
+        *H100,
+        "plan.micro_batch_size=7",
+        "training.global_batch_size=64",
+        code=PLAN,
+        says="micro_batch_size=7",
+    ),
     case("plan", *H100, "training.sequence_length=99999", code=PLAN, says="training.sequence_length=99999"),
     case("plan", "model=llama3_405b", "cluster=l40s_pcie", code=PLAN, says="llama3_405b"),
-    case("plan", "model=llama3_70b", "cluster=h100_sxm", "plan.zero_stage=0", code=PLAN, says="plan.zero_stage=0"),
+    case(
+        "plan",
+        "model=llama3_70b",
+        "cluster=h100_sxm",
+        "plan.zero_stage=0",
+        code=PLAN,
+        says="plan.zero_stage=0",
+    ),
     case("plan", *H100, "training.global_batch_size=3", code=PLAN, says="training.global_batch_size=3"),
 ]
 
@@ -172,7 +222,9 @@ def test_wrong_files(
         (("run_dir=/proc/cannot/run",), RUN_DIR, "run_dir=/proc/cannot/run cannot be written"),
     ],
 )
-def test_missing_or_impossible_paths(call: Callable[..., Any], words: tuple[str, ...], code: int, says: str) -> None:
+def test_missing_or_impossible_paths(
+    call: Callable[..., Any], words: tuple[str, ...], code: int, says: str
+) -> None:
     extra = () if any(word.startswith("run_dir") for word in words) else ("run_dir=run",)
     check(call("train", *TINY, *words, *extra), Case((), code, says))
 
@@ -270,7 +322,12 @@ def test_a_world_size_that_does_not_match_the_plan(
 def test_torchrun_with_another_size_than_the_cluster(
     call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for key, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+    for key, value in {
+        "TORCHELASTIC_RUN_ID": "x",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "RANK": "0",
+    }.items():
         monkeypatch.setenv(key, value)
     says = "cluster.gpus_per_node=5 does not match torchrun"
     check(call("train", *TINY[:2], "cluster.gpus_per_node=5", "run_dir=run"), Case((), CLUSTER, says))

@@ -61,6 +61,10 @@ def test_every_preset_is_sound(name: str) -> None:
         ({"num_nodes": 0}, "cluster.num_nodes=0 must be at least 1"),
         ({"gpus_per_node": -1}, "cluster.gpus_per_node=-1 must be at least 1"),
         ({"links": ()}, "cluster.links=[] must name at least one tier of links"),
+        (
+            {"reserved_gib": 80.0},
+            "cluster.reserved_gib=80.0 must be below cluster.gpu.memory_gib=80.0 and not negative",
+        ),
     ],
 )
 def test_impossible_clusters_are_one_sentence(changes: dict[str, Any], sentence: str) -> None:

@@ -1,0 +1,90 @@
+"""Capabilities: what is refused is refused in one sentence that names key, value and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import strategies
+from strategies.base import Capabilities, StateBytes
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+NARROW = Capabilities(
+    zero_stages=frozenset({0, 1}),
+    precisions=frozenset({"fp32"}),
+    recompute=frozenset({"none"}),
+    state_bytes={"fp32": StateBytes(weights=4, gradients=4, optimizer=8)},
+    stage_state_bytes={("fp32", 1): StateBytes(weights=4, gradients=4, optimizer=12)},
+    offload_optimizer_stages=frozenset({1}),
+)
+
+REFUSED = [
+    ({"tp": 2}, "x does not offer plan.tp=2 here; use plan.tp=1"),
+    ({"pp": 4}, "x does not offer plan.pp=4 here; use plan.pp=1"),
+    ({"zero_stage": 3}, "x has no plan.zero_stage=3; use one of 0, 1"),
+    ({"precision": "bf16"}, "x cannot train in training.precision=bf16; use one of fp32"),
+    ({"recompute": "full"}, "x has no plan.recompute=full; use one of none"),
+    ({"sequence_parallel": True}, "x does not offer plan.sequence_parallel=true here; use false"),
+    (
+        {"offload_optimizer": True},
+        "x cannot combine plan.offload_optimizer=true with plan.zero_stage=0; use plan.zero_stage in 1",
+    ),
+    (
+        {"offload_parameters": True, "zero_stage": 1},
+        "x cannot combine plan.offload_parameters=true with plan.zero_stage=1; use plan.offload_parameters=false",
+    ),
+]
+
+
+def as_plan(strategy: str = "x", **changes: Any) -> Plan:
+    return Plan(**{"strategy": strategy, "dp": 1, "precision": "fp32", **changes})
+
+
+@pytest.mark.parametrize(("changes", "sentence"), REFUSED)
+def test_a_refusal_is_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    assert NARROW.why_not(as_plan(**changes)) == sentence
+
+
+def test_a_possible_plan_is_not_refused() -> None:
+    assert NARROW.why_not(as_plan(zero_stage=1, offload_optimizer=True)) is None
+
+
+def test_a_stage_may_hold_something_else() -> None:
+    assert NARROW.state_bytes_of(as_plan(zero_stage=0)).optimizer == 8
+    assert NARROW.state_bytes_of(as_plan(zero_stage=1)).optimizer == 12
+
+
+@pytest.mark.parametrize("name", ["accelerate", "deepspeed"])
+@pytest.mark.parametrize("changes", [{"tp": 2}, {"precision": "fp16"}, {"recompute": "selective"}, {"ep": 2}])
+def test_setup_refuses_what_why_not_refuses(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    strategy = strategies.load(name)()
+    plan = as_plan(name, **changes)
+    refusal = strategy.capabilities.why_not(plan)
+    model = ModelSpec(
+        name="tiny",
+        model_type="llama",
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        ffn_hidden_size=16,
+        vocab_size=16,
+        max_position_embeddings=16,
+    )
+    training = TrainingSpec(sequence_length=4, global_batch_size=1, num_steps=1)
+    with pytest.raises(ValueError) as caught:
+        strategy.setup(plan, model, training, tmp_path)
+    assert str(caught.value) == refusal
+
+
+@pytest.mark.parametrize("name", strategies.ADAPTERS)
+def test_every_strategy_declares_state_for_its_precisions(name: str) -> None:
+    capabilities = strategies.load(name).capabilities
+    assert set(capabilities.state_bytes) == capabilities.precisions
+
+
+def test_unknown_strategy_gets_a_suggestion() -> None:
+    with pytest.raises(ValueError, match=r"strategy=deepsped is unknown; did you mean 'deepspeed'\?"):
+        strategies.load("deepsped")
