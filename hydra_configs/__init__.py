@@ -1,0 +1,1 @@
+"""Configuration data: one group a folder, plain YAML, no code."""

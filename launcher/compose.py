@@ -35,7 +35,7 @@ from strategies.model_spec import ModelSpec
 from strategies.names import suggest
 
 HYDRA_FLAGS = frozenset(
-    [
+    {
         "--help",
         "-h",
         "--hydra-help",
@@ -47,20 +47,9 @@ HYDRA_FLAGS = frozenset(
         "-p",
         "--run",
         "-r",
-        "--multirun",
-        "-m",
-        "--shell-completion",
-        "-sc",
-        "--config-path",
-        "-cp",
-        "--config-name",
-        "-cn",
-        "--config-dir",
-        "-cd",
-        "--experimental-rerun",
-        "--info",
-        "-i",
-    ]
+    }
+    | {"--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"}
+    | {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
 )
 # Groups of keys that no YAML lists: what is passed through, and where a model may come from.
 OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")

@@ -134,14 +134,13 @@ class AccelerateStrategy(Strategy):
         return _mean(losses)
 
     def save(self, directory: Path) -> None:
-        """Write sharded model and optimizer with torch's distributed checkpoint, and random states."""
+        """Write sharded model and optimizer with torch's distributed checkpoint."""
         from torch.distributed import checkpoint
 
         state = self._state()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             checkpoint.save(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
-        hf.save_random_state(directory, rank=self.dp_rank)
 
     def load(self, directory: Path) -> None:
         """Restore it; number of ranks and ZeRO stage may differ from those that wrote it."""
@@ -158,7 +157,6 @@ class AccelerateStrategy(Strategy):
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        hf.load_random_state(directory, rank=self.dp_rank)
 
     def teardown(self) -> None:
         """Forget the model and Accelerate's process-wide state."""

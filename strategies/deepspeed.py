@@ -112,16 +112,14 @@ class DeepSpeedStrategy(Strategy):
         return _mean(losses)
 
     def save(self, directory: Path) -> None:
-        """Write DeepSpeed's own checkpoint under a fixed tag, and random states."""
+        """Write DeepSpeed's own checkpoint under a fixed tag."""
         self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
-        hf.save_random_state(directory, rank=self.dp_rank)
 
     def load(self, directory: Path) -> None:
         """Restore it; the plan must be the one that wrote it."""
         path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
         if path is None:
             raise RuntimeError(f"{directory} holds no DeepSpeed checkpoint; start from another one")
-        hf.load_random_state(directory, rank=self.dp_rank)
 
     def teardown(self) -> None:
         """Free the engine's hooks and buffers."""

@@ -201,29 +201,6 @@ def set_deterministic(training: TrainingSpec) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def save_random_state(directory: Path, *, rank: int) -> None:
-    """Keep torch's generators: a checkpoint's model may use dropout."""
-    import torch
-
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, _random_file(directory, rank))
-
-
-def load_random_state(directory: Path, *, rank: int) -> None:
-    """Restore them; a rank that did not exist when the checkpoint was written keeps its seed."""
-    import torch
-
-    file = _random_file(directory, rank)
-    if not file.exists():
-        return
-    state = torch.load(file, weights_only=True)
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
 def mean_over_ranks(value: torch.Tensor) -> float:
     """Average a scalar over the process group, or return it where there is none."""
     import torch.distributed as dist
@@ -233,10 +210,6 @@ def mean_over_ranks(value: torch.Tensor) -> float:
         dist.all_reduce(value)
         value /= dist.get_world_size()
     return float(value)
-
-
-def _random_file(directory: Path, rank: int) -> Path:
-    return directory / f"random-{rank:05d}.pt"
 
 
 def _read_config(weights: Path, model: ModelSpec) -> Any:

@@ -125,7 +125,8 @@ class ModelSpec:
         return self.num_layers - self.moe.num_dense_layers if self.moe else 0
 
     @property
-    def _norm_parameters(self) -> int:
+    def norm_parameters(self) -> int:
+        """One norm over the hidden dimension."""
         return self.hidden_size * (2 if self.norm == "layernorm" else 1)
 
     @property
@@ -161,7 +162,7 @@ class ModelSpec:
     def dense_layer_parameters(self) -> int:
         """One transformer layer with a dense MLP, its two norms included."""
         return (
-            self.attention_parameters + self.mlp_parameters(self.ffn_hidden_size) + 2 * self._norm_parameters
+            self.attention_parameters + self.mlp_parameters(self.ffn_hidden_size) + 2 * self.norm_parameters
         )
 
     @property
@@ -178,7 +179,7 @@ class ModelSpec:
         router = self.moe.num_experts * self.hidden_size
         return (
             self.attention_parameters
-            + 2 * self._norm_parameters
+            + 2 * self.norm_parameters
             + router
             + num_experts * self.expert_parameters
             + (self.mlp_parameters(shared) if shared else 0)
@@ -187,7 +188,7 @@ class ModelSpec:
     def _count(self, num_experts: int) -> int:
         dense = (self.num_layers - self.num_moe_layers) * self.dense_layer_parameters
         moe = self.num_moe_layers * self.moe_layer_parameters(num_experts)
-        return self.embedding_parameters + dense + moe + self._norm_parameters + self.head_parameters
+        return self.embedding_parameters + dense + moe + self.norm_parameters + self.head_parameters
 
     @property
     def num_parameters(self) -> int:

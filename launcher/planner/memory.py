@@ -27,7 +27,7 @@ class StageShape:
     parameters: float  # sharded by ZeRO over dp * cp ranks
     expert_parameters: float  # sharded over the ranks that hold the same experts
     layer_parameters: float  # of one of its largest layers: what ZeRO 3 gathers at a time
-    root_parameters: float  # embedding and head: gathered as one unit
+    root_parameters: float  # embedding, final norm and head: gathered as one unit
 
     @property
     def num_layers(self) -> int:
@@ -52,6 +52,8 @@ def _stage(model: ModelSpec, plan: Plan, index: int) -> StageShape:
     moe = per_chunk * plan.vp - dense
     has_embedding, has_head = index == 0, index == plan.pp - 1
     root = model.embedding_parameters / plan.tp if has_embedding else 0.0
+    if has_head:
+        root += model.norm_parameters
     # A tied head on another stage than the token table is a copy of it.
     if has_head and (plan.pp > 1 or not model.tied_embeddings):
         root += model.vocab_size * model.hidden_size / plan.tp
@@ -76,9 +78,18 @@ def _experts_per_layer(model: ModelSpec, plan: Plan) -> float:
 
 
 def stage_memory(
-    model: ModelSpec, *, plan: Plan, training: TrainingSpec, state: StateBytes, stage: StageShape
+    model: ModelSpec,
+    *,
+    plan: Plan,
+    training: TrainingSpec,
+    state: StateBytes,
+    stage: StageShape,
+    bucket_elements: int = 0,
 ) -> tuple[MemoryCost, float]:
-    """Return bytes on the device and bytes on the host, for one rank of `stage`."""
+    """Return bytes on the device and bytes on the host, for one rank of `stage`.
+
+    `bucket_elements` are what the engine's communication buckets hold at ZeRO stages above 0.
+    """
     device = {
         "weights": _sharded(stage, plan, state.weights, sharded=plan.zero_stage >= 3),
         "gradients": _sharded(stage, plan, state.gradients, sharded=plan.zero_stage >= 2),
@@ -100,7 +111,7 @@ def stage_memory(
         optimizer=device["optimizer"],
         activations=_activations(model, plan, training, stage),
         logits=_logits(model, plan, training) if stage.has_head else 0.0,
-        buffers=_buffers(model, plan, training, state, stage),
+        buffers=_buffers(model, plan, training, state, stage) + _buckets(plan, state, stage, bucket_elements),
     )
     return cost, sum(host.values())
 
@@ -182,6 +193,12 @@ def _logits(model: ModelSpec, plan: Plan, training: TrainingSpec) -> float:
     element = element_bytes(plan)
     copies = element + 8 + (4 if element < 4 else 0)
     return tokens * model.vocab_size * copies / plan.tp
+
+
+def _buckets(plan: Plan, state: StateBytes, stage: StageShape, elements: int) -> float:
+    if plan.zero_stage == 0:
+        return 0.0
+    return min(elements, stage.parameters + stage.expert_parameters) * state.gradients
 
 
 def _buffers(

@@ -96,7 +96,17 @@ def predict(problem: Problem, plan: Plan, capabilities: Capabilities) -> CostBre
     model, training, cluster = problem.model, problem.training, problem.cluster
     state = capabilities.state_bytes_of(plan)
     stages = stages_of(model, plan)
-    costs = [stage_memory(model, plan=plan, training=training, state=state, stage=stage) for stage in stages]
+    costs = [
+        stage_memory(
+            model,
+            plan=plan,
+            training=training,
+            state=state,
+            stage=stage,
+            bucket_elements=capabilities.buffer_elements,
+        )
+        for stage in stages
+    ]
     (memory, host_bytes), stage = max(zip(costs, stages, strict=True), key=lambda item: item[0][0].total)
     time = step_time(
         model,

@@ -1,4 +1,4 @@
-"""Stop half-way and resume: the remaining losses are the uninterrupted run's, to the last bit. Real engines, real ranks."""
+"""Stop half-way and resume: the losses left are the uninterrupted run's to the last bit. Real engines and ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""People who live in torchrun: `torchrun --nproc-per-node N -m launcher train ...`, and a restart in the same folder."""
+"""For people who live in torchrun: `torchrun ... -m launcher train ...`, and a restart in the same folder."""
 
 from __future__ import annotations
 

@@ -168,3 +168,17 @@ def test_smaller_pieces_need_less() -> None:
     assert memory(GPT, plan_of(micro_batch_size=2, cp=2)).activations == pytest.approx(base / 2)
     assert memory(GPT, plan_of(micro_batch_size=2, tp=2)).activations < base
     assert memory(GPT, plan_of(micro_batch_size=2, recompute="full")).activations < base
+
+
+def test_buckets_count_above_stage_zero_and_never_exceed_the_model() -> None:
+    def buffers(stage: int, elements: int) -> float:
+        plan = Plan(strategy="x", dp=2, zero_stage=stage, precision="fp32")
+        shape = stages_of(GPT, plan)[0]
+        cost, _ = stage_memory(
+            GPT, plan=plan, training=TRAINING, state=STATE, stage=shape, bucket_elements=elements
+        )
+        return cost.buffers
+
+    assert buffers(0, 1000) == buffers(0, 0)
+    assert buffers(1, 1000) == buffers(1, 0) + 1000 * STATE.gradients
+    assert buffers(1, 10**15) == buffers(1, 0) + GPT.num_parameters * STATE.gradients

@@ -51,6 +51,6 @@ def test_a_taken_port_is_one_sentence() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ClusterError, match=f"submit.port={port} cannot be used on this host"):
             local.check_port(port)
-    with pytest.raises(ClusterError, match="submit.port=99999 is not a port"):
+    with pytest.raises(ClusterError, match=r"submit\.port=99999 is not a port"):
         local.check_port(99999)
     local.check_port(None)
