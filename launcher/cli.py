@@ -135,6 +135,7 @@ def _only_asks(arguments: Sequence[str]) -> bool:
 def _train_one(job: Job, output: Output) -> int:
     run = freeze(job, output)
     if _under_torchrun():
+        run_dir.lock(run)  # the worker we become inherits it
         _become_worker(["--share", str(run.path)])
     return _drive(run, output)
 
@@ -206,6 +207,8 @@ def _notes(job: Job) -> list[str]:
 def _resume(arguments: list[str], output: Output) -> int:
     run = _open_argument("resume", arguments)
     if _under_torchrun():
+        if os.environ["RANK"] == "0":
+            run_dir.lock(run)
         _become_worker([str(run.path)])
     if show.describe(run)["state"] == "finished":
         return _report(run, output)

@@ -11,12 +11,14 @@ import os
 import re
 import sys
 import tempfile
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -34,23 +36,6 @@ from strategies.hf_config import from_hf_config
 from strategies.model_spec import ModelSpec
 from strategies.names import suggest
 
-HYDRA_FLAGS = frozenset(
-    {
-        "--help",
-        "-h",
-        "--hydra-help",
-        "--version",
-        "--cfg",
-        "-c",
-        "--resolve",
-        "--package",
-        "-p",
-        "--run",
-        "-r",
-    }
-    | {"--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn"}
-    | {"--config-dir", "-cd", "--experimental-rerun", "--info", "-i"}
-)
 # Groups of keys that no YAML lists: what is passed through, and where a model may come from.
 OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
 
@@ -68,15 +53,13 @@ def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
         except Exception as error:  # carried past Hydra, which would print its own words about it
             faults.append(error)
 
-    for word in arguments:
-        flag = word.split("=")[0]
-        if word.startswith("-") and flag not in HYDRA_FLAGS:
-            raise ConfigError(f"'{flag}' is not a flag; {suggest(flag, HYDRA_FLAGS | {'--json'})}")
+    words = _in_order(arguments)
     # With this set Hydra raises instead of printing; the sentence is ours to make.
     with (
         _environment("HYDRA_FULL_ERROR", "1"),
         tempfile.TemporaryDirectory(prefix="meshwright-sweep-") as sweep,
-        _argv([sys.argv[0], f"hydra.sweep.dir={sweep}", *map(_open, arguments)]),
+        _environment("MESHWRIGHT_SWEEP_DIR", sweep),
+        _argv([sys.argv[0], *words]),
     ):
         try:
             application()
@@ -88,6 +71,26 @@ def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
             raise ConfigError(_first_cause(error)) from error
     if faults:
         raise faults[0]
+
+
+def _in_order(arguments: Sequence[str]) -> list[str]:
+    """Check the flags before Hydra does, in one sentence, and put them before the overrides: it wants them so."""
+    parser = get_args_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    unknown = next(
+        (word for word in arguments if word.startswith("-") and word.split("=")[0] not in flags), None
+    )
+    if unknown is not None:
+        raise ConfigError(f"'{unknown}' is not a flag; {suggest(unknown, [*flags, '--json'])}")
+    try:
+        parser.exit_on_error = False
+        overrides = parser.parse_intermixed_args(arguments).overrides
+    except ArgumentError as error:
+        raise ConfigError(f"{error}") from error
+    rest = list(arguments)
+    for override in overrides:
+        rest.remove(override)
+    return [*rest, *map(_open, overrides)]
 
 
 def complete_shell(arguments: Sequence[str], verbs: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -83,6 +84,11 @@ class RunDir:
     def errors(self) -> Path:
         """What the ranks of the last start died of."""
         return self.path / "errors"
+
+    @property
+    def lock_file(self) -> Path:
+        """Locked while a launcher or its workers use the run."""
+        return self.path / "lock"
 
     @property
     def stop_file(self) -> Path:
@@ -189,6 +195,27 @@ def open_run(path: Path) -> RunDir:
     except ConfigError as error:
         raise RunDirError(f"{path} is damaged: {error}") from error
     return run
+
+
+def lock(run: RunDir) -> int:
+    """Take the run for this process and those that inherit the returned descriptor.
+
+    The lock goes with the last of them, so workers that outlive a killed launcher still hold it.
+    """
+    try:
+        descriptor = os.open(run.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunDirError(f"{run.lock_file} cannot be written: {error.strerror}; make it writable") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise RunDirError(
+            f"run_dir={run.path} is in use by another launcher or its workers; "
+            f"stop that one first: touch {run.stop_file}"
+        ) from error
+    os.set_inheritable(descriptor, True)
+    return descriptor
 
 
 def default_path(*, model: str, strategy: str, root: Path, started: float | None = None) -> Path:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from launcher.errors import BY_EXIT_CODE, INTERRUPTED, TERMINATED, LauncherError, TrainingError
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, lock
 from launcher.submit import local
 
 _STDERR = 2  # a descriptor: sys.stderr may be somebody's replacement without one
@@ -30,7 +30,7 @@ class _StopRequests:
     """Signals seen while the workers run."""
 
     run: RunDir
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None = None
     received: signal.Signals | None = None
     count: int = 0
 
@@ -43,7 +43,7 @@ class _StopRequests:
                 "meshwright: stopping after this step with a checkpoint; once more to end at once",
                 file=sys.stderr,
             )
-        else:
+        elif self.process is not None:
             # torchrun passes SIGTERM on to its ranks; the third request does not ask anybody.
             _kill(self.process, signal.SIGTERM if self.count == 2 else signal.SIGKILL)
 
@@ -52,6 +52,7 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
     """Start the workers and wait for them. Return 0, 130 or 143; raise what a rank died of."""
     job, plan = run.job(), run.plan()
     local.check_port(job.submit.port)
+    descriptor = lock(run)
     _forget_last_start(run)
     command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port)
     environment = local.environment(
@@ -61,19 +62,20 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
         device=job.cluster.gpu.device,
     )
     run.log_event("launched", command=command)
-    with (run.logs / "stderr.log").open("ab") as stderr:
+    requests = _StopRequests(run=run)
+    with (run.logs / "stderr.log").open("ab") as stderr, _handling(requests):
         start = stderr.tell()
         # A session of its own: Ctrl-C reaches only us, and the workers get time to save.
-        process = subprocess.Popen(
+        requests.process = subprocess.Popen(
             command,
             env=environment,
             stderr=stderr,
             stdout=_STDERR if quiet_stdout else None,
             start_new_session=True,
+            pass_fds=(descriptor,),
         )
-        requests = _StopRequests(run=run, process=process)
-        with _handling(requests):
-            code = process.wait()
+        code = requests.process.wait()
+    os.close(descriptor)
     return _conclude(run, code=code, requests=requests, stderr_from=start)
 
 

@@ -67,7 +67,7 @@ def test_multirun_prints_one_document_a_job(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    outcome = call("plan", "--multirun", "plan.micro_batch_size=1,2", "--json")
+    outcome = call("plan", "plan.micro_batch_size=1,2", "--json", "--multirun", "plan.zero_stage=0")
     assert outcome.code == 0
     plans = [json.loads(line) for line in outcome.out.splitlines()]
     assert [plan["micro_batch_size"] for plan in plans] == [1, 2]

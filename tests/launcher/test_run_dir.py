@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,27 @@ def test_a_newer_plan_format_is_refused(run: RunDir) -> None:
     run.plan_file.write_text(json.dumps({**run.plan_data(), "format": 99}))
     with pytest.raises(RunDirError, match="format 99"):
         run_dir.open_run(run.path)
+
+
+def test_one_launcher_at_a_time(run: RunDir) -> None:
+    descriptor = run_dir.lock(run)
+    with pytest.raises(RunDirError, match="is in use by another launcher"):
+        run_dir.lock(run)
+    os.close(descriptor)
+    os.close(run_dir.lock(run))
+
+
+def test_workers_hold_the_lock_of_a_launcher_that_died(run: RunDir) -> None:
+    descriptor = run_dir.lock(run)
+    worker = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))
+    os.close(descriptor)
+    try:
+        with pytest.raises(RunDirError, match="or its workers"):
+            run_dir.lock(run)
+    finally:
+        worker.kill()
+        worker.wait()
+    os.close(run_dir.lock(run))
 
 
 def test_the_same_start_gets_the_same_name_and_others_do_not(tmp_path: Path) -> None:

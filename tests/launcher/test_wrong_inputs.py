@@ -30,6 +30,8 @@ def case(*words: str, code: int, says: str) -> Any:
 COMMAND_LINE = [
     case("trian", code=CONFIG, says="'trian' is not a verb; did you mean 'train'?"),
     case("plan", "--multi-run", code=CONFIG, says="'--multi-run' is not a flag; did you mean '--multirun'?"),
+    case("plan", "--cfg", "jab", code=CONFIG, says="invalid choice: 'jab'"),
+    case("plan", "--config-dir", code=CONFIG, says="expected one argument"),
     case("plan", "modle=llama3_8b", code=CONFIG, says="modle"),
     case(
         "plan", "model=llama3_9b", code=CONFIG, says="model=llama3_9b is unknown; did you mean 'llama3_8b'?"
