@@ -1,6 +1,11 @@
 """`python -m launcher VERB ...` is the same as `meshwright VERB ...`."""
 
-from launcher.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from launcher.cli import main
+
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import psutil
 
 import launcher.planner.explain as explain
 from launcher import __version__, checks, compose, planner, provenance, run_dir, show, supervise
+from launcher.cluster import detect
 from launcher.config import Job
 from launcher.data.tokens import prepare
-from launcher.errors import FINISHED, INTERRUPTED, ConfigError, EngineError, LauncherError, RunDirError
+from launcher.errors import (
+    FINISHED,
+    INTERRUPTED,
+    ClusterError,
+    ConfigError,
+    EngineError,
+    LauncherError,
+    RunDirError,
+)
 from launcher.run_dir import RunDir
+from strategies import ENGINE_PACKAGES
 from strategies.names import suggest
+from strategies.spec import Plan
 
 USAGE = """\
 meshwright VERB [key=value ...] [--json]
@@ -34,7 +48,8 @@ Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key
 --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
-6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 130 Ctrl-C, 143 terminated."""
+6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 129 hang-up,
+130 Ctrl-C, 143 terminated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +60,54 @@ class Output:
 
     def say(self, text: str) -> None:
         """Tell a person; with --json that is stderr's business."""
-        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+        _print(text, sys.stderr if self.as_json else sys.stdout)
 
     def result(self, data: dict[str, Any], text: str | None = None) -> None:
         """Print the result of a verb."""
         if self.as_json:
-            print(json.dumps(data), flush=True)
+            _print(json.dumps(_finite(data), allow_nan=False), sys.stdout)
         elif text:
-            print(text, flush=True)
+            _print(text, sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        # The reader left (`| head`): nobody is to be told, and a training run goes on all the same.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError as error:
+        raise LauncherError(f"the output cannot be written: {error.strerror}") from error
+
+
+def _finite(data: Any) -> Any:
+    """NaN and infinity are no JSON; they become null."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def main() -> NoReturn:
     """Entry point of the console command."""
+    _open_standard_streams()
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_standard_streams() -> None:
+    """Give closed streams (`>&-`) somewhere to go, or the next file we open would take their place."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The lowest free number is the closed one; the workers inherit it.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path outside the locale is no reason to fail
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -70,10 +120,6 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(error, error.exit_code, output)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output left (`| head`); there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINISHED
     except Exception as error:
         named = LauncherError(f"internal error, please report it: {type(error).__name__}: {error}")
         return _fail(named, named.exit_code, output)
@@ -82,8 +128,9 @@ def run(arguments: Sequence[str]) -> int:
 def _fail(error: LauncherError, code: int, output: Output) -> int:
     if os.environ.get("MESHWRIGHT_DEBUG"):
         traceback.print_exc()
-    print(f"meshwright: {' '.join(str(error).split())}", file=sys.stderr)
-    output.result({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
+    with contextlib.suppress(LauncherError):  # where nothing can be written, the exit code still speaks
+        _print(f"meshwright: {' '.join(str(error).split())}", sys.stderr)
+        output.result({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
     return code
 
 
@@ -98,6 +145,9 @@ def _dispatch(words: Sequence[str], output: Output) -> int:
     if verb in ("-sc", "--shell-completion"):
         compose.complete_shell(words, list(VERBS))
         return FINISHED
+    if verb in ("resume", "show") and rest in (["--help"], ["-h"]):
+        print(USAGE)
+        return FINISHED
     if verb not in VERBS:
         raise ConfigError(f"'{verb}' is not a verb; {suggest(verb, VERBS)}")
     return VERBS[verb](rest, output)
@@ -107,23 +157,29 @@ def _dispatch(words: Sequence[str], output: Output) -> int:
 
 
 def _plan(arguments: list[str], output: Output) -> int:
-    def plan_one(job: Job) -> None:
+    for job in _compose(arguments, output):
         ranking = rank(job)
         ranking.choose()  # raises when nothing fits
         output.result({**explain.to_json(ranking), "notes": _notes(job)}, explain.table(ranking))
         for note in _notes(job):
             output.say(note)
-
-    compose.run_hydra(arguments, plan_one)
     return FINISHED
+
+
+def _compose(arguments: list[str], output: Output) -> list[Job]:
+    if output.as_json and _only_asks(arguments):
+        raise ConfigError(f"--json has no document for {' '.join(arguments)}; leave --json out")
+    return compose.jobs(arguments)
 
 
 def _train(arguments: list[str], output: Output) -> int:
     if _under_torchrun() and os.environ["RANK"] != "0" and not _only_asks(arguments):
         _become_worker(["--from-rank0"])
-    codes: list[int] = []
-    compose.run_hydra(arguments, lambda job: codes.append(_train_one(job, output)))
-    return max(codes, default=FINISHED)
+    for job in _compose(arguments, output):
+        code = _train_one(job, output)
+        if code != FINISHED:
+            return code
+    return FINISHED
 
 
 def _only_asks(arguments: Sequence[str]) -> bool:
@@ -135,7 +191,7 @@ def _only_asks(arguments: Sequence[str]) -> bool:
 def _train_one(job: Job, output: Output) -> int:
     run = freeze(job, output)
     if _under_torchrun():
-        run_dir.lock(run)  # the worker we become inherits it
+        _take_over(run)
         _become_worker(["--share", str(run.path)])
     return _drive(run, output)
 
@@ -158,6 +214,8 @@ def freeze(job: Job, output: Output) -> RunDir:
             f"strategy={chosen.plan.strategy} needs the package '{package}', which is not installed; "
             f"pip install 'meshwright[{chosen.plan.strategy}]'"
         )
+    if not _under_torchrun():
+        _check_host(job, chosen.plan)
     path = _run_path(job, chosen.plan.strategy)
     job = replace(job, run_dir=str(path))
     if _under_torchrun() and (path / "plan.json").exists():
@@ -173,9 +231,27 @@ def freeze(job: Job, output: Output) -> RunDir:
     return run
 
 
+def _check_host(job: Job, plan: Plan) -> None:
+    """Raise unless this host alone can run the plan: several nodes need a start on each, GPUs have to be here."""
+    cluster = job.cluster
+    if cluster.num_nodes > 1:
+        raise ClusterError(
+            f"cluster.num_nodes={cluster.num_nodes} needs a start on every node; run there `torchrun "
+            f"--nnodes={cluster.num_nodes} --nproc-per-node={cluster.gpus_per_node} --rdzv-backend=c10d "
+            "--rdzv-endpoint=HOST:PORT -m launcher train ...` with the same words and a shared run_dir"
+        )
+    if cluster.gpu.device == "cuda" and plan.strategy in ENGINE_PACKAGES:
+        found = len(detect.probe().gpus)
+        if found < cluster.gpus_per_node:
+            raise ClusterError(
+                f"cluster.gpus_per_node={cluster.gpus_per_node} of {cluster.gpu.name} are planned and this host "
+                f"shows {found} GPUs; use cluster=local to train on what is here (`plan` works anywhere)"
+            )
+
+
 def _run_path(job: Job, strategy: str) -> Path:
-    if job.run_dir is not None:
-        return Path(job.run_dir).expanduser().absolute()
+    if job.run_dir:
+        return Path(job.run_dir).expanduser().resolve()
     # Restarted by torchrun the same start must find its folder: the agent's own start time names it.
     started = psutil.Process(os.getppid()).create_time() if _under_torchrun() else None
     return run_dir.default_path(model=job.model.name, strategy=strategy, root=Path.cwd(), started=started)
@@ -193,12 +269,14 @@ def _same_run(run: RunDir, job: Job) -> RunDir:
 
 
 def _notes(job: Job) -> list[str]:
-    package = compose.missing_package(job.strategy.name)
-    return (
-        [f"{job.strategy.name}: not installed here; pip install 'meshwright[{job.strategy.name}]'"]
-        if package
-        else []
-    )
+    notes, gpu = [], job.cluster.gpu
+    if compose.missing_package(job.strategy.name):
+        notes.append(
+            f"{job.strategy.name}: not installed here; pip install 'meshwright[{job.strategy.name}]'"
+        )
+    if job.training.precision == "fp32" and gpu.device == "cuda" and "bf16" not in gpu.peak_tflops:
+        notes.append(f"training.precision=fp32: {gpu.name} has no bf16, and fp16 is not offered yet")
+    return notes
 
 
 # ---- verbs on a run directory -------------------------------------------------------------------------------------
@@ -208,8 +286,9 @@ def _resume(arguments: list[str], output: Output) -> int:
     run = _open_argument("resume", arguments)
     if _under_torchrun():
         if os.environ["RANK"] == "0":
-            run_dir.lock(run)
+            _take_over(run)
         _become_worker([str(run.path)])
+    _check_host(run.job(), run.plan())
     if show.describe(run)["state"] == "finished":
         return _report(run, output)
     return _drive(run, output)
@@ -220,6 +299,11 @@ def _show(arguments: list[str], output: Output) -> int:
 
 
 def _open_argument(verb: str, arguments: Sequence[str]) -> RunDir:
+    flags = [word for word in arguments if word.startswith("-")]
+    if flags:
+        raise ConfigError(
+            f"'{flags[0]}' is not a flag of `meshwright {verb} RUN_DIR`; --json is the only one"
+        )
     if len(arguments) != 1:
         raise ConfigError(
             f"`meshwright {verb}` takes one run directory, not {len(arguments)} words; the run is frozen"
@@ -246,6 +330,12 @@ def _report(run: RunDir, output: Output) -> int:
 
 def _under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _take_over(run: RunDir) -> None:
+    """Do for a start by torchrun what the supervisor does for ours; the worker we become inherits the lock."""
+    run_dir.lock(run)
+    run.stop_file.unlink(missing_ok=True)
 
 
 def _become_worker(arguments: Sequence[str]) -> NoReturn:

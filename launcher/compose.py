@@ -12,7 +12,7 @@ import re
 import sys
 import tempfile
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,9 @@ from strategies.names import suggest
 OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
 
 
-def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
-    """Let Hydra read `arguments` (its own flags included) and call `task` for each job they describe."""
+def jobs(arguments: Sequence[str]) -> list[Job]:
+    """Let Hydra read `arguments`, its own flags included; return the jobs they describe, none after --help."""
+    found: list[Job] = []
     faults: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://hydra_configs", config_name="config")
@@ -49,7 +50,7 @@ def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
         if faults:
             return  # the first fault ends a sweep
         try:
-            task(build_job(config, overrides=HydraConfig.get().overrides.task))
+            found.append(build_job(config, overrides=HydraConfig.get().overrides.task))
         except Exception as error:  # carried past Hydra, which would print its own words about it
             faults.append(error)
 
@@ -69,14 +70,18 @@ def run_hydra(arguments: Sequence[str], task: Callable[[Job], None]) -> None:
             raise ConfigError(_missing_option(error)) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_first_cause(error)) from error
+    if faults and isinstance(faults[0], OmegaConfBaseException):
+        raise ConfigError(str(faults[0]).splitlines()[0]) from faults[0]
     if faults:
         raise faults[0]
+    return found
 
 
 def _in_order(arguments: Sequence[str]) -> list[str]:
     """Check the flags before Hydra does, in one sentence, and put them before the overrides: it wants them so."""
     parser = get_args_parser()
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    # A rerun would read an old pickle of Hydra's; a run directory is what we resume.
+    flags = [flag for action in parser._actions for flag in action.option_strings if "rerun" not in flag]
     unknown = next(
         (word for word in arguments if word.startswith("-") and word.split("=")[0] not in flags), None
     )
@@ -103,7 +108,7 @@ def complete_shell(arguments: Sequence[str], verbs: Sequence[str]) -> None:
         return
     rest = line.split(maxsplit=2)[2:] if len(words) > 1 else []
     with _environment("COMP_LINE", " ".join([*words[:1], *rest]) + ("" if rest else " ")):
-        run_hydra(arguments, lambda job: None)
+        jobs(arguments)
 
 
 def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
@@ -266,6 +271,11 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _plain_override_error(text: str) -> str:
+    grammar = re.search(
+        r"(LexerNoViableAlt|mismatched input|no viable alternative|extraneous input|token recognition)", text
+    )
+    if grammar:
+        return f"{text.split('See https')[0].strip()}; put special characters between quotes: \"key='value'\""
     group = re.search(r"Could not override '([^']+)'\. No match in the defaults list", text)
     if group:
         return f"'{group[1]}' is not a group of the configuration; `meshwright plan --help` lists them"

@@ -12,7 +12,8 @@ LauncherError                 1   anything of ours without a narrower class
 ├── DeviceMemoryError        10   a rank ran out of device or host memory
 └── CheckFailed              11   a post-run check did not hold (loss fell, resume was exact)
 
-0 finished, or stopped on request with a checkpoint; 130 interrupted (Ctrl-C); 143 terminated.
+0 finished, or stopped on request with a checkpoint; 129 hang-up, 130 interrupted (Ctrl-C), 143 terminated: with a
+checkpoint as well, unless asked twice.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class CheckFailed(LauncherError):
 
 
 FINISHED = 0
+HUNG_UP = 129
 INTERRUPTED = 130
 TERMINATED = 143
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from launcher.errors import ClusterError
 
 Store: TypeAlias = dist.Store
 # Long for start-up: compilation, weights from a slow disk, ranks that arrive late.
@@ -78,20 +81,22 @@ def share_run_dir(run_dir: str | None) -> tuple[str, Store]:
     return str(store.get(RUN_DIR_KEY).decode()), store
 
 
-def connect(environment: Mapping[str, str], *, store: Store | None = None) -> Ranks:
+def connect(environment: Mapping[str, str], *, on_device: bool, store: Store | None = None) -> Ranks:
     """Read torchrun's variables and, with more than one rank, open the process group every engine uses."""
     ranks = Ranks(
         rank=int(environment.get("RANK", "0")),
         world_size=int(environment.get("WORLD_SIZE", "1")),
         local_rank=int(environment.get("LOCAL_RANK", "0")),
     )
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(ranks.local_rank)
+    if on_device:
+        _take_device(ranks.local_rank)
+    else:
+        # The plan is for processors: neither we nor an engine may see a GPU that is here.
+        os.environ.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
     if ranks.world_size > 1:
         # CPU tensors go through gloo, so that a stop flag never waits for a GPU stream.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            "cpu:gloo,cuda:nccl" if on_device else "gloo",
             timeout=INIT_TIMEOUT,
             store=store,
             # torch reads these two from the environment itself, but not beside a store.
@@ -99,6 +104,16 @@ def connect(environment: Mapping[str, str], *, store: Store | None = None) -> Ra
             world_size=ranks.world_size if store is not None else -1,
         )
     return ranks
+
+
+def _take_device(local_rank: int) -> None:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= available:
+        raise ClusterError(
+            f"local rank {local_rank} needs a GPU of its own and this host shows {available}; "
+            "start fewer ranks, or use cluster=local"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def disconnect() -> None:

@@ -126,7 +126,7 @@ class RunDir:
         """All events, oldest first; a torn last line is left out."""
         if not self.events_file.exists():
             return
-        for line in self.events_file.read_text(encoding="utf-8").splitlines():
+        for line in self.events_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:
@@ -157,6 +157,8 @@ def create(
         os.replace(aside, path)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and (path / "plan.json").exists():
+            check_free(path)  # somebody else was faster; say so
         if isinstance(error, OSError):
             raise RunDirError(
                 f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"

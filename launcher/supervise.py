@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,24 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.errors import BY_EXIT_CODE, INTERRUPTED, TERMINATED, LauncherError, TrainingError
+from launcher.errors import (
+    BY_EXIT_CODE,
+    HUNG_UP,
+    INTERRUPTED,
+    TERMINATED,
+    LauncherError,
+    RunDirError,
+    TrainingError,
+)
 from launcher.run_dir import RunDir, lock
 from launcher.submit import local
 
+_FULL_DISK_BYTES = 2**20
 _STDERR = 2  # a descriptor: sys.stderr may be somebody's replacement without one
-_SIGNAL_EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
+LAUNCHER_PID = "MESHWRIGHT_LAUNCHER_PID"  # told to the workers, who stop when it is gone
+_SIGNAL_EXIT_CODES = {signal.SIGHUP: HUNG_UP, signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
+# How gloo says that another rank is gone.
+_LOST_PEER = re.compile(r"Connection (reset|closed) by peer|connectFullMesh|Broken pipe|Timed out waiting")
 # torchrun's summary of a failed rank, the only place that knows a death by signal.
 _TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
 
@@ -59,7 +72,6 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
         os.environ,
         num_processes=plan.world_size,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        device=job.cluster.gpu.device,
     )
     run.log_event("launched", command=command)
     requests = _StopRequests(run=run)
@@ -68,7 +80,7 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
         # A session of its own: Ctrl-C reaches only us, and the workers get time to save.
         requests.process = subprocess.Popen(
             command,
-            env=environment,
+            env={**environment, LAUNCHER_PID: str(os.getpid())},
             stderr=stderr,
             stdout=_STDERR if quiet_stdout else None,
             start_new_session=True,
@@ -80,7 +92,9 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
 
 
 def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: int) -> int:
-    if requests.received is not None:
+    finished = next((event["event"] for event in reversed(list(run.events()))), None) == "finished"
+    # One request that ends in a fault is a fault: the checkpoint it promised may be missing.
+    if requests.received is not None and not finished and (code == 0 or requests.count > 1):
         run.stop_file.unlink(missing_ok=True)
         run.log_event("interrupted", signal=requests.received.name)
         return _SIGNAL_EXIT_CODES[requests.received]
@@ -93,26 +107,36 @@ def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: i
 
 def explain(run: RunDir, *, code: int, stderr_from: int = 0) -> LauncherError:
     """The first cause: an error file of a rank, else a signal in torchrun's summary, else the bare exit code."""
-    records = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.errors.glob("rank_*.json"))
-    ]
+    records = list(_records(run))
     if records:
         return _from_record(min(records, key=_cause_first))
     log = run.logs / "stderr.log"
     with log.open("rb") as file:
         file.seek(stderr_from)
         text = file.read().decode("utf-8", errors="replace")
-    for found in _TORCHRUN_FAILURE.finditer(text):
+    # Other ranks are ended because of the first one, and torchrun lists them before it.
+    for found in _TORCHRUN_FAILURE.finditer(text.rpartition("Root Cause")[2]):
         if int(found["code"]) < 0:
             return _from_signal(f"rank {found['rank']}", -int(found["code"]), log)
     if code < 0:
         return _from_signal("rank 0", -code, log)
+    if shutil.disk_usage(run.path).free < _FULL_DISK_BYTES:
+        return RunDirError(
+            f"run_dir={run.path}: no space is left on its disk; free some, then `meshwright resume`"
+        )
     return TrainingError(f"the workers ended with exit code {code} and left no error file; see {log}")
+
+
+def _records(run: RunDir) -> Iterator[dict[str, Any]]:
+    for path in sorted(run.errors.glob("rank_*.json")):
+        with suppress(ValueError):  # a full disk leaves an empty one
+            yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:
     # Ranks that lost a dead peer report a broken connection; the peer's own reason comes first.
-    return "onnection" in record["message"] or "peer" in record["message"], record["time"]
+    lost_peer = record["type"].startswith("Dist") or _LOST_PEER.search(record["message"])
+    return bool(lost_peer), record["time"]
 
 
 def _from_record(record: dict[str, Any]) -> LauncherError:

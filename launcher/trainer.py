@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from launcher.checkpoint import CheckpointStore
 from launcher.config import Job
 from launcher.data.loader import BatchLoader
-from launcher.data.tokens import TokenDataset
-from launcher.errors import CheckpointError
+from launcher.data.tokens import Split, TokenDataset
+from launcher.errors import CheckpointError, TrainingError
 from launcher.monitor.metrics import StepMetrics, flops_utilisation
-from launcher.monitor.system import read_memory
+from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.writers import Writer
 from launcher.run_dir import RunDir
 from strategies.base import StepResult, Strategy
@@ -30,12 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
+class Process:
     """What the trainer asks of the process it runs in; the worker supplies torch's answers."""
 
     device_peak_bytes: Callable[[], int] | None  # None: computing on the CPU
     random_state: Callable[[], dict[str, Any]]
     restore_random_state: Callable[[dict[str, Any]], None]
+    is_abandoned: Callable[[], bool]  # True: nobody waits for this run any more
 
 
 @dataclass(kw_only=True)
@@ -48,13 +50,16 @@ class Trainer:
     dataset: TokenDataset
     strategy: Strategy
     ranks: Ranks
-    machine: Machine
+    process: Process
     versions: dict[str, str]
     sinks: Sequence[Writer] = ()  # where finished steps go; empty on all ranks but 0
     step: int = 0
     consumed_samples: int = 0
     _step_times: list[float] = field(default_factory=list)
     _last_validation: float | None = None
+
+    def __post_init__(self) -> None:
+        self._store = CheckpointStore(self.run.checkpoints, self.job.checkpoint)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -63,11 +68,7 @@ class Trainer:
         found = self._store.latest_good(logger.warning) if self.ranks.rank == 0 else None
         found = self.ranks.broadcast(found)
         if found is None:
-            if self._store.committed():
-                raise CheckpointError(
-                    f"none of the {len(self._store.committed())} checkpoints in {self.run.checkpoints} is good; "
-                    f"see {self.run.logs} for each reason, or start in a new run directory"
-                )
+            self._check_nothing_lost()
             return
         path, manifest = found
         self._store.check_belongs(
@@ -84,13 +85,20 @@ class Trainer:
             logger.info("resumed from %s at step %d", path.name, self.step)
             self.run.log_event("resumed", step=self.step, checkpoint=path.name)
 
+    def _check_nothing_lost(self) -> None:
+        """A run that has saved once must not begin again as if it had not."""
+        found = len(self._store.committed())
+        if found or any(event["event"] == "checkpoint" for event in self.run.events()):
+            raise CheckpointError(
+                f"none of the {found} checkpoints in {self.run.checkpoints} is good; "
+                f"see {self.run.logs} for each reason, or start in a new run directory"
+            )
+
     def save(self) -> None:
         """Write a checkpoint with all ranks; it counts from the moment its manifest is in place."""
         started = time.perf_counter()
         directory = self.ranks.broadcast(self._store.begin(self.step) if self.ranks.rank == 0 else None)
-        self.strategy.save(directory / "engine")
-        state_file = directory / "rng" / f"rank_{self.ranks.rank:05d}.json"
-        state_file.write_text(json.dumps(self.machine.random_state()), encoding="utf-8")
+        self._write_part(directory)
         self.ranks.barrier()
         if self.ranks.rank == 0:
             self._store.commit(
@@ -107,14 +115,25 @@ class Trainer:
             self.run.log_event("checkpoint", step=self.step, seconds=seconds)
         self.ranks.barrier()
 
+    def _write_part(self, directory: Path) -> None:
+        state_file = directory / "rng" / f"rank_{self.ranks.rank:05d}.json"
+        try:
+            self.strategy.save(directory / "engine")
+            state_file.write_text(json.dumps(self.process.random_state()), encoding="utf-8")
+        except (
+            BaseException
+        ) as error:  # engines wrap a full disk in types of their own, not all of them Exceptions
+            self._store.discard(self.step)
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"checkpoint of step {self.step} could not be written under {self.run.checkpoints}: {reason}; "
+                "free space or make it writable, then resume from the one before"
+            ) from error
+
     def _restore_random_state(self, path: Path) -> None:
         state_file = path / "rng" / f"rank_{self.ranks.rank:05d}.json"
         if state_file.exists():  # a resharded run may have more ranks than the one that saved
-            self.machine.restore_random_state(json.loads(state_file.read_text(encoding="utf-8")))
-
-    @property
-    def _store(self) -> CheckpointStore:
-        return CheckpointStore(self.run.checkpoints, self.job.checkpoint)
+            self.process.restore_random_state(json.loads(state_file.read_text(encoding="utf-8")))
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -122,7 +141,10 @@ class Trainer:
         """Run to the last step or to a stop request. Return "finished" or "stopped"."""
         first_step, num_steps = self.step, self.job.training.num_steps
         stopping = False
-        with self._loader("train", self.consumed_samples) as loader:
+        microbatches = self.plan.num_microbatches
+        with self._loader(
+            "train", start_sample=self.consumed_samples, num_microbatches=microbatches
+        ) as loader:
             while self.step < num_steps and not stopping:
                 metrics = self._one_step(loader)
                 for sink in self.sinks:
@@ -140,7 +162,12 @@ class Trainer:
         result = self.strategy.train_step(loader.next(), learning_rate=learning_rate)
         seconds = time.perf_counter() - started
         self.step += 1
-        self.consumed_samples += self.job.training.global_batch_size
+        if not (math.isfinite(result.loss) or result.skipped):
+            raise TrainingError(
+                f"the loss of step {self.step} is {result.loss}; the last checkpoint is kept, "
+                f"lower training.learning_rate={self.job.training.learning_rate} or look at the data"
+            )
+        self.consumed_samples = loader.consumed_samples
         self._step_times.append(seconds)
         validation_loss = self._evaluate() if self._evaluation_due() else None
         return self._record(
@@ -167,7 +194,7 @@ class Trainer:
                 if cluster.gpu.peak_is_nominal
                 else cluster.gpu.peak_tflops.get(training.precision),
             ),
-            memory_gib=read_memory(self.machine.device_peak_bytes).peak_gib,
+            memory_gib=peak_memory_gib(self.process.device_peak_bytes),
             consumed_samples=self.consumed_samples,
             skipped=result.skipped,
             validation_loss=validation_loss,
@@ -191,36 +218,39 @@ class Trainer:
         stop_at = self.job.stop_at_step
         if stop_at is not None and first_step < stop_at <= self.step:
             return True
-        return self.ranks.any(self.ranks.rank == 0 and self.run.stop_file.exists())
+        asked = self.ranks.rank == 0 and (self.run.stop_file.exists() or self.process.is_abandoned())
+        return self.ranks.any(asked)
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 
-    def _loader(self, split: str, start_sample: int) -> BatchLoader:
-        validation = split == "validation"
+    def _loader(self, split: Split, *, start_sample: int, num_microbatches: int) -> BatchLoader:
+        plan, training = self.plan, self.job.training
         return BatchLoader(
             self.dataset,
-            split="validation" if validation else "train",
-            sequence_length=self.job.training.sequence_length,
-            global_batch_size=self.job.training.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
-            num_microbatches=self.plan.num_microbatches,
-            dp=self.plan.dp,
+            split=split,
+            sequence_length=training.sequence_length,
+            global_batch_size=plan.micro_batch_size * num_microbatches * plan.dp,
+            micro_batch_size=plan.micro_batch_size,
+            num_microbatches=num_microbatches,
+            dp=plan.dp,
             dp_rank=self.strategy.dp_rank,
-            seed=self.job.training.seed,
-            shuffle=self.job.data.shuffle and not validation,
-            num_workers=0 if validation else self.job.data.num_workers,
+            seed=training.seed,
+            shuffle=self.job.data.shuffle,
+            num_workers=self.job.data.num_workers if split == "train" else 0,
             start_sample=start_sample,
         )
 
     def _evaluate(self) -> float:
-        rounds = -(-self.job.evaluation.num_sequences // self.job.training.global_batch_size)
-        with self._loader("validation", 0) as loader:
-            batches = [batch for _ in range(max(1, rounds)) for batch in loader.next()]
+        """Read at least `num_sequences` of the validation split, one micro-batch a rank at a time."""
+        per_round = self.plan.micro_batch_size * self.plan.dp
+        rounds = -(-self.job.evaluation.num_sequences // per_round)
+        with self._loader("validation", start_sample=0, num_microbatches=1) as loader:
+            batches = [batch for _ in range(rounds) for batch in loader.next()]
         self._last_validation = self.strategy.evaluate(batches)
         return self._last_validation
 
     def _conclude(self, state: str) -> None:
-        peak_gib = self.ranks.maximum(read_memory(self.machine.device_peak_bytes).peak_gib)
+        peak_gib = self.ranks.maximum(peak_memory_gib(self.process.device_peak_bytes))
         if self.ranks.rank != 0:
             return
         warm = self._step_times[self.job.monitor.warmup_steps :] or self._step_times

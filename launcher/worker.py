@@ -10,10 +10,14 @@ import os
 import socket
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 import strategies
 from launcher import ranks as torch_side
+from launcher.config import Job
 from launcher.decode import encode
 from launcher.errors import ClusterError, DeviceMemoryError, EngineError, LauncherError, TrainingError
 from launcher.monitor import log
@@ -23,7 +27,9 @@ from launcher.monitor.writers import Writer, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
-from launcher.trainer import Machine, Trainer
+from launcher.supervise import LAUNCHER_PID
+from launcher.trainer import Process, Trainer
+from strategies.spec import Plan
 
 logger = logging.getLogger(__name__)
 FROM_RANK0 = "--from-rank0"
@@ -42,7 +48,9 @@ def main(arguments: list[str]) -> int:
     try:
         run = open_run(Path(where))
         _work(run, store=store)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         return _report(run, rank=rank, error=error)
     return 0
 
@@ -55,41 +63,42 @@ def _work(run: RunDir, *, store: Store | None) -> None:
             f"WORLD_SIZE={world_size} does not match the frozen plan of {plan.world_size} ranks "
             f"(dp={plan.dp} tp={plan.tp} pp={plan.pp} cp={plan.cp}); start {plan.world_size} processes"
         )
-    ranks = torch_side.connect(os.environ, store=store)
+    on_device = plan.strategy in strategies.ENGINE_PACKAGES and job.cluster.gpu.device == "cuda"
+    ranks = torch_side.connect(os.environ, on_device=on_device, store=store)
     log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
+    trainer = Trainer(
+        run=run,
+        job=job,
+        plan=plan,
+        dataset=dataset,
+        strategy=_build_strategy(run, job, plan, ranks),
+        ranks=ranks,
+        process=Process(
+            device_peak_bytes=torch_side.device_peak_bytes(),
+            random_state=torch_side.random_state,
+            restore_random_state=torch_side.restore_random_state,
+            is_abandoned=_launcher_is_gone,
+        ),
+        versions=versions(),
+    )
+    log.quiet_libraries()  # engines install handlers of their own when they are imported
+    trainer.restore()
+    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    if ranks.rank == 0:
+        run.log_event("started", step=trainer.step, hosts=hosts)
+        trainer.sinks = _open_sinks(run, job, start_step=trainer.step)
     try:
-        trainer = Trainer(
-            run=run,
-            job=job,
-            plan=plan,
-            dataset=dataset,
-            strategy=_build_strategy(run, ranks),
-            ranks=ranks,
-            machine=Machine(
-                device_peak_bytes=torch_side.device_peak_bytes(),
-                random_state=torch_side.random_state,
-                restore_random_state=torch_side.restore_random_state,
-            ),
-            versions=versions(),
-        )
-        trainer.restore()
-        hosts = sorted(set(ranks.gather(socket.gethostname())))
-        if ranks.rank == 0:
-            run.log_event("started", step=trainer.step, hosts=hosts)
-            trainer.sinks = _open_sinks(run, start_step=trainer.step)
-        try:
-            trainer.train()
-        finally:
-            for sink in trainer.sinks:
-                sink.close()
-        trainer.strategy.teardown()
+        trainer.train()
     finally:
-        torch_side.disconnect()
+        for sink in trainer.sinks:
+            sink.close()
+    trainer.strategy.teardown()
+    # Only on the good way out: beside a failed rank this would wait for peers that never come.
+    torch_side.disconnect()
 
 
-def _open_sinks(run: RunDir, *, start_step: int) -> tuple[Writer, ...]:
+def _open_sinks(run: RunDir, job: Job, *, start_step: int) -> tuple[Writer, ...]:
     """metrics.jsonl, the configured writers and the console; what a later step left there is taken back."""
-    job = run.job()
     history = truncate_after(run.metrics_file, step=start_step)
     return (
         MetricsFile(run.metrics_file),
@@ -103,22 +112,30 @@ def _open_sinks(run: RunDir, *, start_step: int) -> tuple[Writer, ...]:
     )
 
 
-def _build_strategy(run: RunDir, ranks: Ranks) -> strategies.Strategy:
-    job, plan = run.job(), run.plan()
+def _build_strategy(run: RunDir, job: Job, plan: Plan, ranks: Ranks) -> strategies.Strategy:
     strategy = strategies.load(plan.strategy)()
     weights = run.weights if job.weights is None else Path(job.weights)
     if job.weights is None and ranks.rank == 0:
         strategy.create_weights(job.model, job.training, weights)
     ranks.barrier()
-    strategy.setup(plan, job.model, job.training, weights)
+    try:
+        strategy.setup(plan, job.model, job.training, weights)
+    except ValueError as error:  # an adapter's own refusal, in a sentence
+        raise EngineError(str(error)) from error
     return strategy
 
 
-def _report(run: RunDir, *, rank: int, error: Exception) -> int:
+def _launcher_is_gone() -> bool:
+    """Tell whether a launcher started us and died without saying so."""
+    launcher = os.environ.get(LAUNCHER_PID)
+    return launcher is not None and not psutil.pid_exists(int(launcher))
+
+
+def _report(run: RunDir, *, rank: int, error: BaseException) -> int:
     """Leave the cause for the launcher; a person who runs us under bare torchrun sees the sentence as well."""
     trace = traceback.format_exc()
     named = _name(error)
-    if run.path.is_dir():
+    with suppress(OSError):  # a full or vanished disk; the sentence below still reaches the log
         frame = _first_user_frame(error)
         write_error(run, rank=rank, host=socket.gethostname(), error=named, frame=frame, trace=trace)
     print(
@@ -128,17 +145,19 @@ def _report(run: RunDir, *, rank: int, error: Exception) -> int:
     return named.exit_code if isinstance(named, LauncherError) else TrainingError.exit_code
 
 
-def _name(error: Exception) -> Exception:
+def _name(error: BaseException) -> BaseException:
     if isinstance(error, MemoryError | torch_side.device_error()):
         first = str(error).splitlines()[0] if str(error) else "host memory is exhausted"
         return DeviceMemoryError(
             f"out of memory: {first}; use a smaller plan.micro_batch_size, plan.recompute=full "
             "or a higher plan.zero_stage"
         )
-    return EngineError(str(error)) if isinstance(error, ImportError) else error
+    if isinstance(error, ImportError):
+        return EngineError(f"a package that this strategy needs cannot be imported: {error}")
+    return error
 
 
-def _first_user_frame(error: Exception) -> str | None:
+def _first_user_frame(error: BaseException) -> str | None:
     """The innermost line that is not inside an installed package."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename]
@@ -146,4 +165,9 @@ def _first_user_frame(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code:
+        # Leave at once: destructors of a process group may wait for ranks that wait for us.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +104,39 @@ def shell() -> Callable[..., Outcome]:
         return Outcome(code=done.returncode, out=done.stdout, err=done.stderr)
 
     return run
+
+
+@pytest.fixture
+def wandb_reader() -> SimpleNamespace:
+    """Read an offline W&B file: `records(file)` and `history(file)`; the package itself has no reader any more."""
+    return SimpleNamespace(records=_wandb_records, history=_wandb_history)
+
+
+def _wandb_records(file: Path) -> Iterator[Any]:
+    """Records of a W&B file: LevelDB's log format (32 KiB blocks of framed fragments) after a 7-byte head."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, whole = file.read_bytes(), 7, b""
+    assert content.startswith(b":W&B")
+    while position + 7 <= len(content):
+        room = 32768 - position % 32768
+        if room < 7:
+            position += room
+            continue
+        size, kind = struct.unpack_from("<HB", content, position + 4)
+        whole += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # whole in one fragment, or the last one
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+def _wandb_history(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for record in _wandb_records(file):
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            )
+    return rows

@@ -21,6 +21,7 @@ class Reporter:
         self._interval = interval
         self._stream = stream
         self._recent_s: deque[float] = deque(maxlen=_REMEMBERED_STEPS)
+        self._has_reader = True
         self._bar: Progress | None = None
         if stream.isatty():
             self._bar = Progress(
@@ -35,8 +36,11 @@ class Reporter:
         eta_s = (self._total_steps - metrics.step) * sum(self._recent_s) / len(self._recent_s)
         if self._bar:
             self._bar.update(self._task, completed=metrics.step, description=self._line(metrics, eta_s))
-        elif self._is_due(metrics):
-            print(self._line(metrics, eta_s), file=self._stream, flush=True)
+        elif self._is_due(metrics) and self._has_reader:
+            try:
+                print(self._line(metrics, eta_s), file=self._stream, flush=True)
+            except OSError:
+                self._has_reader = False  # nobody reads any more; training goes on
 
     def close(self) -> None:
         """Take the bar away; closing twice is fine."""

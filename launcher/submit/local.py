@@ -27,9 +27,7 @@ def argv(*, run_dir: Path, num_processes: int, port: int | None) -> list[str]:
     ]
 
 
-def environment(
-    inherited: Mapping[str, str], *, num_processes: int, num_cores: int, device: str
-) -> dict[str, str]:
+def environment(inherited: Mapping[str, str], *, num_processes: int, num_cores: int) -> dict[str, str]:
     """What the workers inherit, and the few variables a run on one host needs. Values that are set stay."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, num_cores // num_processes)),
@@ -38,9 +36,6 @@ def environment(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    if device == "cpu":
-        defaults["CUDA_VISIBLE_DEVICES"] = ""  # the plan is for processors; engines must not see a GPU
-        defaults["DS_ACCELERATOR"] = "cpu"
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     packages = str(Path(__file__).resolve().parents[2])

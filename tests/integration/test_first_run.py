@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,22 +60,10 @@ def test_tensorboard_has_every_point(run: Path) -> None:
 
 
 @pytest.mark.xdist_group("first_run")
-def test_wandb_has_every_point(run: Path) -> None:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    files = list((run / "metrics" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 1
-    store = DataStore()
-    store.open_for_scan(str(files[0]))
-    steps = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        for item in record.history.item:
-            if item.key == "train/loss" or list(item.nested_key) == ["train/loss"]:
-                steps.append(record.history.step.num)
-    assert len(steps) == NUM_STEPS
+def test_wandb_has_every_point(run: Path, wandb_reader: SimpleNamespace) -> None:
+    (file,) = (run / "metrics" / "wandb").glob("offline-run-*/*.wandb")
+    recorded = [(row["_step"], row["train/loss"]) for row in wandb_reader.history(file)]
+    assert recorded == [(m["step"], m["loss"]) for m in metrics(run)]
 
 
 @pytest.mark.xdist_group("first_run")

@@ -49,26 +49,52 @@ CASES: dict[tuple[str, str, int], float] = {
     ("deepspeed", "fp32", 3): 4 + 4,
     ("deepspeed", "bf16", 3): 2 + 2,
 }
+# Gradients that stay whole until the last micro-batch: FSDP2 keeps the weights of its head, as above.
+WHOLE: dict[tuple[str, int], float] = {
+    ("fp32", 2): 0,
+    ("bf16", 2): 0,
+    ("fp32", 3): 4 * HEAD,
+    ("bf16", 3): 2 * HEAD,
+}
+# DeepSpeed shards over one rank too: the whole state is there, and at stage 3 the weights it keeps gathered.
+SINGLE: dict[tuple[str, int], float] = {("bf16", 1): 0, ("bf16", 2): 0, ("bf16", 3): 2}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("state")
-    hf.create_weights(ModelSpec(**SHAPE), TrainingSpec(**TRAINING), folder / "weights")
-    return start(folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("state")
+    hf.create_weights(ModelSpec(**SHAPE), TrainingSpec(**TRAINING), path / "weights")
+    return path
 
 
-def as_plan(strategy: str, precision: str, stage: int) -> dict[str, Any]:
-    split = {"dp": DP, "num_microbatches": 2}
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Any:
+    whole = {f"whole-{precision}-{stage}": as_whole_plan(precision, stage) for precision, stage in WHOLE}
+    return start(folder, {**{"-".join(map(str, key)): as_plan(*key) for key in CASES}, **whole}, dp=DP)
+
+
+@pytest.fixture(scope="module")
+def measured_alone(folder: Path) -> Any:
+    cases = {
+        f"{precision}-{stage}": as_plan("deepspeed", precision, stage, dp=1) for precision, stage in SINGLE
+    }
+    return start(folder, cases, dp=1)
+
+
+def as_plan(strategy: str, precision: str, stage: int, *, dp: int = DP) -> dict[str, Any]:
+    split = {"dp": dp, "num_microbatches": 2}
     return {"strategy": strategy, "precision": precision, "zero_stage": stage, **split}
 
 
-def start(folder: Path) -> dict[str, float]:
-    cases = {"-".join(map(str, key)): as_plan(*key) for key in CASES}
+def as_whole_plan(precision: str, stage: int) -> dict[str, Any]:
+    return {**as_plan("accelerate", precision, stage), "engine": {"sync_each_batch": False}}
+
+
+def start(folder: Path, cases: dict[str, dict[str, Any]], *, dp: int) -> dict[str, float]:
     job, results = folder / "job.json", folder / "results.json"
     shared = {"model": SHAPE, "training": TRAINING, "weights": str(folder / "weights")}
     job.write_text(json.dumps({**shared, "cases": cases}), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={DP}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={dp}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     command += [str(Path(__file__).with_name("state_worker.py")), str(job), str(results)]
     extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -104,3 +130,20 @@ def test_state_bytes_are_what_the_engine_holds(
     expected = held + CASES[strategy, precision, stage]
     found = measured[f"{strategy}-{precision}-{stage}"]
     assert found == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("precision", "stage"), WHOLE)
+def test_gradients_that_are_not_reduced_are_whole(measured: Any, precision: str, stage: int) -> None:
+    state = strategies.load("accelerate").capabilities.state_bytes_of(Plan(**as_whole_plan(precision, stage)))
+    assert state.whole_gradients
+    held = state.weights / (DP if stage >= 3 else 1) + state.gradients + state.optimizer / DP
+    expected = held + WHOLE[precision, stage]
+    assert measured[f"whole-{precision}-{stage}"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("precision", "stage"), SINGLE)
+def test_a_single_rank_of_deepspeed_holds_it_all(measured_alone: Any, precision: str, stage: int) -> None:
+    plan = Plan(**as_plan("deepspeed", precision, stage, dp=1))
+    state = strategies.load("deepspeed").capabilities.state_bytes_of(plan)
+    expected = state.weights + state.gradients + state.optimizer + SINGLE[precision, stage]
+    assert measured_alone[f"{precision}-{stage}"] == pytest.approx(expected, rel=0.02)

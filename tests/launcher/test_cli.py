@@ -163,6 +163,18 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path: Path, repository: Path) -> N
     assert not (run / "stop").exists()
 
 
+def test_not_a_number_is_null_in_json(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call("train", *TINY, f"run_dir={run}", "--json").code == 0
+    metrics = run / "metrics" / "metrics.jsonl"
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    with metrics.open("a") as file:
+        file.write(json.dumps({**last, "step": 7, "loss": "nan", "grad_norm": "inf"}) + "\n")
+    shown = call("show", str(run), "--json")
+    assert "NaN" not in shown.out
+    assert shown.json["loss"] is None
+
+
 def test_a_closed_pipe_is_no_error(repository: Path) -> None:
     command = f"{sys.executable} -m launcher plan | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=repository, capture_output=True, text=True, check=True)

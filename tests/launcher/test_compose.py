@@ -16,8 +16,7 @@ from strategies.model_spec import ModelSpec
 
 
 def job_of(*words: str) -> Job:
-    jobs: list[Job] = []
-    compose.run_hydra(words, jobs.append)
+    jobs = compose.jobs(words)
     assert len(jobs) == 1
     return jobs[0]
 

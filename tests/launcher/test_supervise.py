@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def test_a_lost_connection_is_a_consequence_not_the_cause(run: RunDir) -> None:
     assert "the real reason" in str(supervise.explain(run, code=1))
 
 
+def test_a_message_that_merely_mentions_a_peer_is_a_cause(run: RunDir) -> None:
+    died(run, rank=0, time=1.0, message="peer review of the data failed")
+    died(run, rank=1, time=2.0, type="DistBackendError", message="NCCL error")
+    assert "peer review" in str(supervise.explain(run, code=1))
+
+
 def test_a_signal_is_read_from_the_summary(run: RunDir) -> None:
     (run.logs / "stderr.log").write_text(
         "[1]:\n  time      : now\n  host      : h\n  rank      : 1 (local_rank: 1)\n"
@@ -61,6 +68,28 @@ def test_a_signal_is_read_from_the_summary(run: RunDir) -> None:
     error = supervise.explain(run, code=1)
     assert type(error) is errors.TrainingError
     assert "rank 1 was killed by SIGKILL" in str(error)
+
+
+def test_the_root_cause_is_read_not_what_it_caused(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(
+        "Other Failures:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 76)\n"
+        "Root Cause (first observed failure):\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 77)\n"
+    )
+    assert "rank 1 was killed by SIGKILL" in str(supervise.explain(run, code=1))
+
+
+def test_an_error_file_that_a_full_disk_left_empty_is_passed_over(run: RunDir) -> None:
+    (run.errors / "rank_00000.json").write_text("")
+    died(run, rank=1, message="the reason")
+    assert "the reason" in str(supervise.explain(run, code=1))
+
+
+def test_a_full_disk_is_named_when_nobody_could_write_why(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(run.path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    assert type(supervise.explain(run, code=1)) is errors.RunDirError
 
 
 def test_only_the_last_start_is_read(run: RunDir) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,13 @@ from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.config import ChecksConfig, EvaluationConfig, Job, StrategyConfig, SubmitConfig
 from launcher.data.config import DataConfig
 from launcher.data.tokens import TokenDataset, prepare
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, TrainingError
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics
 from launcher.planner.search import PlanRequest
 from launcher.run_dir import RunDir
-from launcher.trainer import Machine, Trainer
+from launcher.trainer import Process, Trainer
+from strategies.base import StepResult
 from strategies.fake import FakeStrategy
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -55,7 +57,12 @@ class Kept:
     def close(self) -> None: ...
 
 
-NO_RANDOMNESS = Machine(device_peak_bytes=None, random_state=dict, restore_random_state=lambda state: None)
+NO_RANDOMNESS = Process(
+    device_peak_bytes=None,
+    random_state=dict,
+    restore_random_state=lambda state: None,
+    is_abandoned=lambda: False,
+)
 
 
 @pytest.fixture
@@ -117,7 +124,7 @@ def make(tmp_path: Path, job: Job, dataset: TokenDataset) -> Callable[..., Train
             dataset=dataset,
             strategy=strategy,
             ranks=ranks,
-            machine=NO_RANDOMNESS,
+            process=NO_RANDOMNESS,
             versions={},
             sinks=(Kept(),),
         )
@@ -193,6 +200,21 @@ def test_all_checkpoints_damaged_is_said_not_restarted(make: Callable[..., Train
         make().restore()
 
 
+def test_checkpoints_that_went_away_are_said_not_restarted(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.train()
+    shutil.rmtree(trainer.run.checkpoints)
+    with pytest.raises(CheckpointError, match="none of the 0 checkpoints"):
+        make().restore()
+
+
+def test_a_run_nobody_waits_for_saves_and_stops(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    trainer.process = replace(NO_RANDOMNESS, is_abandoned=lambda: True)
+    assert trainer.train() == "stopped"
+    assert [path.name for path in trainer._store.committed()] == ["step_0000000001"]
+
+
 def test_another_model_may_not_continue(make: Callable[..., Trainer], tiny_model: ModelSpec) -> None:
     make().train()
     with pytest.raises(CheckpointError, match="num_layers"):
@@ -206,3 +228,19 @@ def test_measured_figures_are_stored(make: Callable[..., Trainer]) -> None:
     assert finished[0]["measured"]["step_s"] > 0
     assert finished[0]["measured"]["memory_bytes"] > 0
     assert finished[0]["validation_loss"] > 0
+
+
+def test_a_loss_that_is_no_number_stops_before_it_spoils_checkpoints(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make()
+    whole = trainer.strategy.train_step
+
+    def spoiled(batches: Any, *, learning_rate: float) -> StepResult:
+        result = whole(batches, learning_rate=learning_rate)
+        return replace(result, loss=float("nan")) if trainer.step == 5 else result
+
+    monkeypatch.setattr(trainer.strategy, "train_step", spoiled)
+    with pytest.raises(TrainingError, match="loss of step 6 is nan"):
+        trainer.train()
+    assert [path.name for path in trainer._store.committed()] == ["step_0000000004"]

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster.detect import Machine
+
 CONFIG, PLAN, DATA, RUN_DIR, CHECKPOINT, ENGINE, CLUSTER = 2, 3, 4, 5, 6, 7, 8
 H100 = ("cluster=h100_sxm", "model=llama3_8b")
 
@@ -87,6 +89,10 @@ COMMAND_LINE = [
         code=CONFIG,
         says="model.weights=/no/such/folder is not a folder",
     ),
+    case("plan", "--json", "--cfg", "job", code=CONFIG, says="--json has no document"),
+    case("plan", "run_dir=${nowhere}", code=CONFIG, says="nowhere"),
+    case("plan", "run_dir=a/b=c", code=CONFIG, says="put special characters between quotes"),
+    case("show", "--all", code=CONFIG, says="'--all' is not a flag"),
     case("resume", code=CONFIG, says="takes one run directory"),
     case("resume", "a", "training.num_steps=3", code=CONFIG, says="the run is frozen"),
 ]
@@ -333,6 +339,23 @@ def test_torchrun_with_another_size_than_the_cluster(
         monkeypatch.setenv(key, value)
     says = "cluster.gpus_per_node=5 does not match torchrun"
     check(call("train", *TINY[:2], "cluster.gpus_per_node=5", "run_dir=run"), Case((), CLUSTER, says))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("cluster=h100_sxm",),
+            "cluster.gpus_per_node=8 of H100-SXM5-80GB are planned and this host shows 0 GPUs",
+        ),
+        (("cluster=h100_sxm", "cluster.num_nodes=2"), "cluster.num_nodes=2 needs a start on every node"),
+    ],
+)
+def test_a_plan_for_hardware_that_is_not_here(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], says: str
+) -> None:
+    monkeypatch.setattr("launcher.cluster.detect.probe", lambda: Machine(gpus=(), num_cores=1, memory_gib=1))
+    check(call("train", "model=llama3_8b", *words, "run_dir=run"), Case((), CLUSTER, says))
 
 
 def test_an_engine_that_is_not_installed(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import json
 import logging
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -12,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
@@ -79,36 +77,6 @@ def tensorboard_points(directory: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def wandb_records(file: Path) -> Iterator[Any]:
-    """Records of a W&B file: LevelDB's log format (32 KiB blocks of framed fragments) after a 7-byte head."""
-    from wandb.proto import wandb_internal_pb2
-
-    content, position, whole = file.read_bytes(), 7, b""
-    assert content.startswith(b":W&B")
-    while position + 7 <= len(content):
-        room = 32768 - position % 32768
-        if room < 7:
-            position += room
-            continue
-        size, kind = struct.unpack_from("<HB", content, position + 4)
-        whole += content[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # whole in one fragment, or the last one
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
-
-
-def wandb_history(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append(
-                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-            )
-    return rows
-
-
 def wandb_file(run_dir: Path) -> Path:
     (file,) = (run_dir / "metrics" / "wandb").glob("offline-run-*/run-*.wandb")
     return file
@@ -165,16 +133,18 @@ def test_the_plugin_reader_of_tensorboard_agrees(tmp_path: Path) -> None:
     assert [event.step for event in events.Tensors("train/loss")] == list(range(1, 9))
 
 
-def test_wandb_holds_every_step_once_over_resumes(tmp_path: Path, wandb_service: None) -> None:
+def test_wandb_holds_every_step_once_over_resumes(
+    tmp_path: Path, wandb_service: None, wandb_reader: SimpleNamespace
+) -> None:
     run_dir = tmp_path / "my run"
     start(run_dir, config=ONLY_WANDB, resume_at=0, steps=range(1, 8), loss=3.0)
     first = wandb_file(run_dir)
-    assert [row["_step"] for row in wandb_history(first)] == list(range(1, 8))
-    assert {row["train/loss"] for row in wandb_history(first)} == {3.0}
+    assert [row["_step"] for row in wandb_reader.history(first)] == list(range(1, 8))
+    assert {row["train/loss"] for row in wandb_reader.history(first)} == {3.0}
 
     start(run_dir, config=ONLY_WANDB, resume_at=5, steps=range(6, 11), loss=2.0)
     second = wandb_file(run_dir)
-    rows = wandb_history(second)
+    rows = wandb_reader.history(second)
     assert Counter(row["_step"] for row in rows) == Counter(range(1, 11))
     assert [row["train/loss"] for row in rows] == [3.0] * 5 + [2.0] * 5
     assert second.name == first.name  # the same run id
@@ -182,7 +152,7 @@ def test_wandb_holds_every_step_once_over_resumes(tmp_path: Path, wandb_service:
 
     # A third start, likely within the same second, which W&B answers with another form of folder name.
     start(run_dir, config=ONLY_WANDB, resume_at=8, steps=range(9, 12), loss=1.0)
-    rows = wandb_history(wandb_file(run_dir))
+    rows = wandb_reader.history(wandb_file(run_dir))
     assert [(row["_step"], row["train/loss"]) for row in rows[7:]] == [
         (8, 2.0),
         (9, 1.0),
@@ -199,15 +169,17 @@ def test_wandb_leaves_the_report_of_a_crash_to_the_worker(tmp_path: Path, wandb_
 
 
 def test_wandb_gets_the_settings_and_nothing_else_of_the_machine(
-    tmp_path: Path, wandb_service: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, wandb_service: None, monkeypatch: pytest.MonkeyPatch, wandb_reader: SimpleNamespace
 ) -> None:
     monkeypatch.setenv("SOME_TOKEN", "a-secret-value")
     run_dir = tmp_path / "run"
     start(run_dir, config=ONLY_WANDB, resume_at=0, steps=range(1, 3), loss=3.0)
-    kinds = Counter(record.WhichOneof("record_type") for record in wandb_records(wandb_file(run_dir)))
+    kinds = Counter(record.WhichOneof("record_type") for record in wandb_reader.records(wandb_file(run_dir)))
     assert kinds["history"] == 2
     assert not {"stats", "output", "output_raw", "artifact"} & set(kinds)
-    (run,) = (r.run for r in wandb_records(wandb_file(run_dir)) if r.WhichOneof("record_type") == "run")
+    (run,) = (
+        r.run for r in wandb_reader.records(wandb_file(run_dir)) if r.WhichOneof("record_type") == "run"
+    )
     assert run.project == "meshwright"
     assert run.display_name == "run"
     assert {item.key: item.value_json for item in run.config.update}["plan"] == '{"dp":2}'
@@ -299,19 +271,23 @@ def test_auto_reads_the_netrc(tmp_path: Path, entry: str, mode: str) -> None:
 
 
 def test_online_without_a_key_records_offline_and_never_asks(
-    tmp_path: Path, wandb_service: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, wandb_service: None, caplog: pytest.LogCaptureFixture, wandb_reader: SimpleNamespace
 ) -> None:
     run_dir = tmp_path / "run"
     config = MonitorConfig(tensorboard=False, wandb_mode="online")
     start(run_dir, config=config, resume_at=0, steps=range(1, 3), loss=3.0)
-    assert len(wandb_history(wandb_file(run_dir))) == 2
+    assert len(wandb_reader.history(wandb_file(run_dir))) == 2
     (line,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
     assert line.startswith("W&B records offline under")
     assert line.endswith("no key in WANDB_API_KEY or netrc")
 
 
 def test_a_server_out_of_reach_means_offline(
-    tmp_path: Path, wandb_service: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    wandb_service: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wandb_reader: SimpleNamespace,
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -319,7 +295,7 @@ def test_a_server_out_of_reach_means_offline(
     monkeypatch.setattr(writers_module, "_quiet_settings", lambda cls: {**quiet(cls), "init_timeout": 1})
     run_dir = tmp_path / "run"
     start(run_dir, config=ONLY_WANDB, resume_at=0, steps=range(1, 3), loss=3.0)
-    assert len(wandb_history(wandb_file(run_dir))) == 2
+    assert len(wandb_reader.history(wandb_file(run_dir))) == 2
     (line,) = (r.getMessage() for r in caplog.records if r.name.startswith("launcher"))
     assert line.startswith("W&B records offline under")
     assert "k" * 40 not in line
