@@ -57,16 +57,19 @@ CAPABILITIES = Capabilities(
         "bf16": StateBytes(weights=4, gradients=4, optimizer=8, gathered=2, keep_gathered=True),
     },
     # FSDP2 shards fp32 weights at both stages. Stage 2 keeps the gathered copy (the weights that the forward
-    # pass reads) until the backward pass; stage 3 frees it layer by layer.
+    # pass reads) until the backward pass and frees it there; stage 3 frees it layer by layer.
     stage_state_bytes={
-        ("fp32", 2): StateBytes(weights=4, gradients=4, optimizer=12),
-        ("bf16", 2): StateBytes(weights=2, gradients=4, optimizer=12),
+        ("fp32", 2): StateBytes(weights=4, gradients=4, optimizer=12, regathers=True),
+        ("bf16", 2): StateBytes(weights=2, gradients=4, optimizer=12, regathers=True),
         ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=8, gathered=4),
         ("bf16", 3): StateBytes(weights=4, gradients=4, optimizer=8, gathered=2),
     },
+    shards_single_rank=False,
     reshardable=True,
     engine_keys=ENGINE_KEYS,
     owned_engine_keys=OWNED_ENGINE_KEYS,
+    sync_engine_key="sync_each_batch",
+    unpriced_engine_keys=frozenset({"ddp.bucket_cap_mb", "ddp.gradient_as_bucket_view", "fsdp"}),
 )
 
 
@@ -88,19 +91,20 @@ class AccelerateStrategy(Strategy):
         self._plan, self._training = plan, training
         hf.be_quiet()
         hf.set_deterministic(training)
-        device = hf.local_device()
+        hf.local_device()
         before = dict(os.environ)
         self._accelerator = _create_accelerator(plan, training)
         # Accelerate speaks to transformers, and to its next instance, through variables.
         self._replaced = {n: before.get(n) for n, value in os.environ.items() if value != before.get(n)}
         self.dp_rank = self._accelerator.process_index
         hf.seed_everything(training, rank=self.dp_rank)
-        sharded_elsewhere = plan.zero_stage > 0 and plan.dp > 1 and self.dp_rank > 0
+        sharded_elsewhere = plan.zero_stage > 0 and self.dp_rank > 0
         build = hf.build_empty_model if sharded_elsewhere else hf.build_model
         network = build(weights, model)
         hf.enable_recompute(network, plan)
+        self._balance = hf.balance_coefficient(network)
         groups = hf.parameter_groups(network, training)
-        optimizer = hf.create_optimizer(groups, training, fused=device.type == "cuda")
+        optimizer = hf.create_optimizer(groups, training)
         self._model, self._optimizer = self._accelerator.prepare(network, optimizer)
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
@@ -112,15 +116,17 @@ class AccelerateStrategy(Strategy):
         losses = []
         for index, batch in enumerate(batches):
             with self._communication(last=index == len(batches) - 1):
-                loss = self._loss(batch)
+                loss, reported = hf.training_losses(
+                    self._model, batch, self._accelerator.device, balance=self._balance
+                )
                 self._accelerator.backward(loss)
-            losses.append(loss.detach())
+            losses.append(reported)
         limit = self._training.max_grad_norm or float("inf")
         norm = self._accelerator.clip_grad_norm_(self._model.parameters(), limit)
         self._optimizer.step()
         # DDP's gradients are views into its buckets; dropping them would make accumulation pay for both.
         self._optimizer.zero_grad(set_to_none=self._plan.zero_stage > 0)
-        return StepResult(loss=_mean(losses), grad_norm=_to_float(norm))
+        return StepResult(loss=hf.mean_of(losses), grad_norm=_to_float(norm))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""
@@ -128,10 +134,10 @@ class AccelerateStrategy(Strategy):
 
         self._model.eval()
         with torch.no_grad():
-            losses = [self._loss(batch) for batch in batches]
+            losses = [hf.model_loss(self._model, batch, self._accelerator.device) for batch in batches]
         self._model.train()
         _reshard(self._model)
-        return _mean(losses)
+        return hf.mean_of(losses)
 
     def save(self, directory: Path) -> None:
         """Write sharded model and optimizer with torch's distributed checkpoint."""
@@ -170,15 +176,14 @@ class AccelerateStrategy(Strategy):
             if value is not None:
                 os.environ[name] = value
 
-    def _loss(self, batch: MicroBatch) -> torch.Tensor:
-        inputs, labels = hf.to_tensors(batch, self._accelerator.device)
-        return hf.loss(self._model(input_ids=inputs, use_cache=False).logits, labels)
-
     def _communication(self, *, last: bool) -> AbstractContextManager[Any]:
         sharded = self._plan.zero_stage > 0
         every = self._plan.engine.get("sync_each_batch", sharded)
         if last or every or self._plan.dp == 1:
             return nullcontext()
+        # Accelerate's `no_sync` does nothing for FSDP2 on a CPU.
+        if sharded:
+            return _unreduced(self._model)
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._model)
         return context
 
@@ -199,7 +204,7 @@ def _create_accelerator(plan: Plan, training: TrainingSpec) -> Accelerator:
         # differently for one step; looking for unused parameters turns that off.
         ddp.setdefault("find_unused_parameters", True)
         warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    plugin = _fsdp_plugin(plan) if plan.zero_stage and plan.dp > 1 else None
+    plugin = _fsdp_plugin(plan) if plan.zero_stage else None
     with _one_process() if plan.dp == 1 else nullcontext():
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -255,6 +260,16 @@ def _one_process() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _unreduced(network: Any) -> Iterator[None]:
+    """Let gradients pile up whole on every rank (FSDP2)."""
+    network.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        network.set_requires_gradient_sync(True)
+
+
 def _reshard(network: torch.nn.Module) -> None:
     """Free what a forward pass without backward left gathered (FSDP2)."""
     from torch.distributed.fsdp import FSDPModule
@@ -262,12 +277,6 @@ def _reshard(network: torch.nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _mean(losses: Sequence[torch.Tensor]) -> float:
-    import torch
-
-    return hf.mean_over_ranks(torch.stack(list(losses)).mean())
 
 
 def _to_float(norm: Any) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +27,8 @@ class StateBytes:
     the master weights (where separate) plus Adam's two moments. ZeRO shards `optimizer` from stage 1,
     `gradients` from stage 2 and `weights` from stage 3. `gathered` is a further copy that is never sharded;
     it lives while a layer computes, or with `keep_gathered` from a layer's forward to its backward pass.
+    With `regathers`, weights are gathered anew for every micro-batch, whatever the stage; `whole_gradients`
+    are kept on every rank and reduced once a step, where the stage would shard and reduce them every time.
     """
 
     weights: float
@@ -34,6 +36,8 @@ class StateBytes:
     optimizer: float
     gathered: float = 0.0
     keep_gathered: bool = False
+    regathers: bool = False
+    whole_gradients: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class Capabilities:
     offload_parameters_stages: frozenset[int] = frozenset()
     model_types: frozenset[str] | None = None  # None: every family of Hugging Face
     rank_order: tuple[str, ...] = ("tp", "cp", "dp", "pp")
+    shards_single_rank: bool = True  # do ZeRO stages above 0 exist where there is nothing to shard over?
     reshardable: bool = False  # can load() accept a checkpoint of another plan?
     # Where a ZeRO stage holds something else than `state_bytes` of its precision says.
     stage_state_bytes: Mapping[tuple[Precision, int], StateBytes] = field(default_factory=dict)
@@ -61,10 +66,36 @@ class Capabilities:
     owned_engine_keys: Mapping[str, str] = field(default_factory=dict)
     # Keys the engine knows for parts of it that are never called here.
     unused_engine_keys: frozenset[str] = frozenset()
+    # Dotted engine keys that the prediction follows: false keeps whole gradients; so many elements a bucket.
+    sync_engine_key: str = ""
+    buffer_engine_key: str = ""
+    # Engine keys, or groups of them, that change memory in a way that nothing here predicts.
+    unpriced_engine_keys: frozenset[str] = frozenset()
 
     def state_bytes_of(self, plan: Plan) -> StateBytes:
-        """Return what one parameter costs under the precision and the ZeRO stage of `plan`."""
-        return self.stage_state_bytes.get((plan.precision, plan.zero_stage), self.state_bytes[plan.precision])
+        """Return what one parameter costs under the precision, ZeRO stage and engine keys of `plan`."""
+        state = self.stage_state_bytes.get(
+            (plan.precision, plan.zero_stage), self.state_bytes[plan.precision]
+        )
+        given = dict(_flat(plan.engine))
+        # A single micro-batch is the last one, and that one is always reduced.
+        whole = (
+            plan.zero_stage >= 2 and plan.num_microbatches > 1 and given.get(self.sync_engine_key) is False
+        )
+        return replace(state, whole_gradients=True) if whole else state
+
+    def buffer_elements_of(self, plan: Plan) -> int:
+        """Return how many elements the communication buffers of `plan` hold at most."""
+        return int(dict(_flat(plan.engine)).get(self.buffer_engine_key, self.buffer_elements))
+
+    def unpriced(self, engine: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the engine keys given that change memory without the prediction following."""
+        names = self.unpriced_engine_keys
+        return tuple(
+            key
+            for key, _ in _flat(engine)
+            if any(key == name or key.startswith(f"{name}.") for name in names)
+        )
 
     def why_not(self, plan: Plan) -> str | None:
         """One sentence why this plan is not possible with this engine, or None."""
@@ -86,6 +117,11 @@ class Capabilities:
             return (
                 f"{plan.strategy} has no plan.recompute={plan.recompute}; "
                 f"use one of {_listed(self.recompute)}"
+            )
+        if plan.zero_stage > 0 and plan.dp * plan.cp == 1 and not self.shards_single_rank:
+            return (
+                f"{plan.strategy} cannot shard plan.zero_stage={plan.zero_stage} over a single data parallel rank; "
+                "use plan.zero_stage=0, or more GPUs"
             )
         return self._why_not_switches(plan)
 
@@ -158,3 +194,12 @@ class Strategy(ABC):
 
 def _listed(values: frozenset[int] | frozenset[str]) -> str:
     return ", ".join(str(value) for value in sorted(values))
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested options."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

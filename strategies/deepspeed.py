@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from strategies import hf
 from strategies.base import Capabilities, StateBytes, StepResult, Strategy
 from strategies.deepspeed_config import BUCKET_ELEMENTS, to_deepspeed_config
-from strategies.deepspeed_keys import ACCEPTED, OWNED, UNUSED
+from strategies.deepspeed_keys import ACCEPTED, OWNED, UNPRICED, UNUSED
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -46,6 +46,8 @@ CAPABILITIES = Capabilities(
     engine_keys=ACCEPTED,
     owned_engine_keys=OWNED,
     unused_engine_keys=UNUSED,
+    buffer_engine_key="zero_optimization.reduce_bucket_size",
+    unpriced_engine_keys=UNPRICED,
 )
 
 _TAG = "state"  # one checkpoint per directory, so its name inside never varies
@@ -79,6 +81,7 @@ class DeepSpeedStrategy(Strategy):
         config = to_deepspeed_config(plan, model, training)
         network = _build_model(weights, model, config)
         hf.enable_recompute(network, plan)
+        self._balance = hf.balance_coefficient(network)
         optimizer = _create_optimizer(network, plan, training)
         with redirect_stdout(StringIO()):  # it prints memory tables
             self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
@@ -91,15 +94,15 @@ class DeepSpeedStrategy(Strategy):
         hf.set_learning_rate(self._engine.optimizer, learning_rate)
         losses = []
         for batch in batches:
-            loss = self._loss(batch)
+            loss, reported = hf.training_losses(self._engine, batch, self._device, balance=self._balance)
             self._engine.backward(loss)
-            losses.append(loss.detach())
+            losses.append(reported)
             if len(losses) == len(batches) and self._plan.zero_stage == 0:
                 plain_norm = self._plain_norm()
             self._engine.step()
         norm = plain_norm if self._plan.zero_stage == 0 else self._engine.get_global_grad_norm()
         skipped = not self._engine.was_step_applied()
-        return StepResult(loss=_mean(losses), grad_norm=float(norm), skipped=skipped)
+        return StepResult(loss=hf.mean_of(losses), grad_norm=float(norm), skipped=skipped)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""
@@ -107,9 +110,9 @@ class DeepSpeedStrategy(Strategy):
 
         self._engine.eval()
         with torch.no_grad():
-            losses = [self._loss(batch) for batch in batches]
+            losses = [hf.model_loss(self._engine, batch, self._device) for batch in batches]
         self._engine.train()
-        return _mean(losses)
+        return hf.mean_of(losses)
 
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's own checkpoint under a fixed tag."""
@@ -133,10 +136,6 @@ class DeepSpeedStrategy(Strategy):
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def _loss(self, batch: MicroBatch) -> torch.Tensor:
-        inputs, labels = hf.to_tensors(batch, self._device)
-        return hf.loss(self._engine(input_ids=inputs, use_cache=False).logits, labels)
-
 
 def _import_deepspeed() -> Any:
     hf.be_quiet()
@@ -159,11 +158,14 @@ def _join_single_rank_group() -> None:
 
     It stays open until the process ends, because DeepSpeed remembers its groups.
     """
+    import torch
     import torch.distributed as dist
 
     os.environ.setdefault("LOCAL_RANK", "0")
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        # gloo alone would take the reductions of a GPU's gradients through host memory.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _build_model(weights: Path, model: ModelSpec, config: dict[str, Any]) -> torch.nn.Module:
@@ -180,8 +182,6 @@ def _build_model(weights: Path, model: ModelSpec, config: dict[str, Any]) -> tor
 
 
 def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:
-    import torch
-
     groups = hf.parameter_groups(network, training)
     if plan.offload_optimizer and _has_cpu_adam():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -191,8 +191,7 @@ def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSp
             groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, adamw_mode=True
         )
         return optimizer
-    on_gpu = torch.cuda.is_available() and not plan.offload_optimizer
-    return hf.create_optimizer(groups, training, fused=on_gpu)
+    return hf.create_optimizer(groups, training)
 
 
 def _has_cpu_adam() -> bool:
@@ -200,9 +199,3 @@ def _has_cpu_adam() -> bool:
     from deepspeed.git_version_info import installed_ops
 
     return bool(installed_ops.get("cpu_adam"))
-
-
-def _mean(losses: Sequence[torch.Tensor]) -> float:
-    import torch
-
-    return hf.mean_over_ranks(torch.stack(list(losses)).mean())

@@ -136,6 +136,31 @@ OWNED: Mapping[str, str] = {
     "comet": "monitor",
 }
 
+# They change memory, and the planner's estimate does not follow. `reduce_bucket_size` is not among them.
+UNPRICED = frozenset(
+    {
+        "bf16.immediate_grad_update",
+        "zero_optimization.allgather_bucket_size",
+        "zero_optimization.contiguous_gradients",
+        "zero_optimization.memory_efficient_linear",
+        "zero_optimization.offload_optimizer",
+        "zero_optimization.offload_param",
+        "zero_optimization.overlap_comm",
+        "zero_optimization.reduce_scatter",
+        "zero_optimization.stage3_max_live_parameters",
+        "zero_optimization.stage3_max_reuse_distance",
+        "zero_optimization.stage3_model_persistence_threshold",
+        "zero_optimization.stage3_module_granularity_threshold",
+        "zero_optimization.stage3_param_persistence_threshold",
+        "zero_optimization.stage3_prefetch_bucket_size",
+        "zero_optimization.sub_group_size",
+        "zero_optimization.zenflow",
+        "zero_optimization.zero_hpz_partition_size",
+        "zero_optimization.zero_quantized_gradients",
+        "zero_optimization.zero_quantized_weights",
+    }
+)
+
 # Known to DeepSpeed, but read only by parts that are never called here, or only by old releases.
 UNUSED = frozenset(
     {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +103,8 @@ def be_quiet() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # an installed DeepSpeed would report its search for GPUs
+        # An installed DeepSpeed would report its search for GPUs.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -137,6 +137,34 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
+def model_loss(network: torch.nn.Module, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+    """Run the model: the language-model loss alone, which is what is reported."""
+    inputs, labels = to_tensors(batch, device)
+    return loss(network(input_ids=inputs, use_cache=False).logits, labels)
+
+
+def training_losses(
+    network: torch.nn.Module, batch: MicroBatch, device: torch.device, *, balance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the model: the loss to differentiate, and the language-model loss alone, which is what is reported.
+
+    They differ by `balance` times the load-balancing loss over the experts (Fedus et al. 2021, equations 4 to 6, as
+    transformers computes it), where the model has one.
+    """
+    if not balance:
+        value = model_loss(network, batch, device)
+        return value, value.detach()
+    inputs, labels = to_tensors(batch, device)
+    output = network(input_ids=inputs, use_cache=False, output_router_logits=True)
+    value = loss(output.logits, labels)
+    return value + balance * output.aux_loss, value.detach()
+
+
+def balance_coefficient(network: PreTrainedModel) -> float:
+    """Return the weight of the load-balancing loss; 0 for a family without one."""
+    return float(getattr(network.config, "router_aux_loss_coef", None) or 0.0)
+
+
 def parameter_groups(network: torch.nn.Module, training: TrainingSpec) -> list[dict[str, Any]]:
     """Split parameters for AdamW: matrices decay, norms and biases do not."""
     matrices: list[torch.Tensor] = []
@@ -149,14 +177,12 @@ def parameter_groups(network: torch.nn.Module, training: TrainingSpec) -> list[d
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def create_optimizer(
-    groups: list[dict[str, Any]], training: TrainingSpec, *, fused: bool
-) -> torch.optim.AdamW:
-    """Create torch's AdamW; `fused` is one kernel on CUDA."""
+def create_optimizer(groups: list[dict[str, Any]], training: TrainingSpec) -> torch.optim.AdamW:
+    """Create torch's AdamW in its fused form: one pass over memory, on CUDA and on the CPU."""
     from torch.optim import AdamW
 
     betas = (training.adam_beta1, training.adam_beta2)
-    return AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=fused or None)
+    return AdamW(groups, lr=training.learning_rate, betas=betas, eps=training.adam_eps, fused=True)
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
@@ -199,6 +225,13 @@ def set_deterministic(training: TrainingSpec) -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def mean_of(losses: Sequence[torch.Tensor]) -> float:
+    """Average the losses of this rank's micro-batches, and over the ranks."""
+    import torch
+
+    return mean_over_ranks(torch.stack(list(losses)).mean())
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import strategies as adapters
 from launcher.decode import encode
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, parts
 from launcher.planner.search import Ranking, usable_bytes
@@ -42,6 +43,7 @@ def table(ranking: Ranking) -> str:
         _cost(best.cost, ranking),
         _candidates(ranking.candidates[: 1 + NUM_RUNNERS_UP], total=len(ranking.candidates)),
         _rejected(ranking),
+        _unpriced(best.plan),
         LEFT_OUT,
     ]
     return "\n\n".join(section for section in sections if section)
@@ -182,6 +184,12 @@ def _rejected(ranking: Ranking) -> str:
     width = len(str(max(rejection.count for rejection in ranking.rejected)))
     lines = [f"  {rejection.count:>{width}}  {rejection.reason}" for rejection in ranking.rejected]
     return "\n".join(["rejected:", *lines])
+
+
+def _unpriced(plan: Plan) -> str:
+    """Name the engine keys given that change memory and that the estimate does not follow."""
+    keys = adapters.load(plan.strategy).capabilities.unpriced(plan.engine)
+    return "\n".join(f"strategy.engine.{key} is passed on but not priced" for key in keys)
 
 
 def _grid(rows: Sequence[tuple[str, ...]], *, left_aligned: tuple[int, ...]) -> str:

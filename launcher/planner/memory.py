@@ -92,7 +92,7 @@ def stage_memory(
     """
     device = {
         "weights": _sharded(stage, plan, state.weights, sharded=plan.zero_stage >= 3),
-        "gradients": _sharded(stage, plan, state.gradients, sharded=plan.zero_stage >= 2),
+        "gradients": _sharded(stage, plan, state.gradients, sharded=_shards_gradients(plan, state)),
         "optimizer": _sharded(stage, plan, state.optimizer, sharded=plan.zero_stage >= 1),
     }
     host = dict.fromkeys(device, 0.0)
@@ -114,6 +114,10 @@ def stage_memory(
         buffers=_buffers(model, plan, training, state, stage) + _buckets(plan, state, stage, bucket_elements),
     )
     return cost, sum(host.values())
+
+
+def _shards_gradients(plan: Plan, state: StateBytes) -> bool:
+    return plan.zero_stage >= 2 and not state.whole_gradients
 
 
 def _sharded(stage: StageShape, plan: Plan, bytes_per_parameter: float, *, sharded: bool) -> float:
@@ -212,7 +216,7 @@ def _buffers(
     buffers = gathered * state.gathered
     if plan.zero_stage >= 3 and not state.gathered:
         buffers += min(unit, everything if plan.offload_parameters else missing) * state.weights
-    if plan.zero_stage >= 2:
+    if _shards_gradients(plan, state):
         buffers += min(unit, missing) * state.gradients
     if plan.pp > 1:
         tokens = plan.micro_batch_size * training.sequence_length / plan.cp

@@ -1,8 +1,9 @@
 """Which plans fit, and which is best: rank(), then Ranking.choose(). Pure: no torch, files, clock or environment.
 
-A plan is predicted from first principles (memory.py, step_time.py). The fastest plan wins; among plans predicted
-equal within 5 % the one with room to spare and then the simplest does, because the prediction cannot tell them
-apart. Offloading is weighed only where nothing fits without it.
+A plan is predicted from first principles (memory.py, step_time.py). The fastest plan wins, but the prediction cannot
+tell plans within 5 % of it apart. Of those, the ones that need the least memory remain (up to a tenth of the usable
+memory more than the least is no difference), then those that leave a tenth of it free, then the simplest, then the
+fastest. Offloading is weighed only where nothing fits without it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from strategies.spec import Plan, TrainingSpec
 __all__ = ["PlanRequest", "Problem", "Ranking", "Rejection", "predict", "rank", "usable_bytes"]
 
 _TIE = 1.05
-# Above this share of the usable memory a plan is at the mercy of the estimate.
+# Shares of the usable memory: above the first a plan is at the mercy of the estimate; the second is worth having.
 _COMFORTABLE = 0.9
+_MATERIAL = 0.1
 _MOST_DOUBLINGS = 8  # of the nodes, when looking for what would fit
 
 
@@ -103,7 +105,7 @@ def predict(problem: Problem, plan: Plan, capabilities: Capabilities) -> CostBre
             training=training,
             state=state,
             stage=stage,
-            bucket_elements=capabilities.buffer_elements,
+            bucket_elements=capabilities.buffer_elements_of(plan),
         )
         for stage in stages
     ]
@@ -195,13 +197,15 @@ def _numbers(memory: MemoryCost) -> str:
 
 
 def _ordered(fitting: list[Candidate], usable: float) -> list[Candidate]:
-    """Sort fastest first, except that the simplest of those as fast as the fastest leads."""
+    """Sort fastest first, except that a light and simple one of those as fast as the fastest leads."""
     by_time = sorted(fitting, key=lambda candidate: (_step_s(candidate), _simplicity(candidate.plan)))
     if not by_time:
         return []
     limit = _step_s(by_time[0]) * _TIE
+    tied = [candidate for candidate in by_time if _step_s(candidate) <= limit]
+    lightest = min(_memory(candidate) for candidate in tied)
     chosen = min(
-        (candidate for candidate in by_time if _step_s(candidate) <= limit),
+        (candidate for candidate in tied if _memory(candidate) <= lightest + _MATERIAL * usable),
         key=lambda candidate: (
             _memory(candidate) > _COMFORTABLE * usable,
             _simplicity(candidate.plan),
@@ -280,13 +284,16 @@ def _nothing_fits(ranking: Ranking) -> str:
 
 
 def _remedy(problem: Problem) -> str:
-    """Name the smallest change found that makes the run fit: one pin, all pins, or more nodes."""
+    """Name the smallest change found that makes the run fit: one pin, the engine, all pins, or more nodes."""
     request = problem.request
     pinned = [field.name for field in fields(PlanRequest) if getattr(request, field.name) is not None]
     for key in pinned:
         found = _best_of(replace(problem, request=replace(request, **{key: None})))
         if found:
             return f"plan.{key}={_text(getattr(found.plan, key))} would fit"
+    engine = _other_engine(problem)
+    if engine:
+        return engine
     found = _best_of(replace(problem, request=PlanRequest())) if pinned else None
     if found:
         changed = [key for key in pinned if getattr(found.plan, key) != getattr(request, key)]
@@ -294,6 +301,22 @@ def _remedy(problem: Problem) -> str:
     return _more_nodes(problem) or (
         "use a smaller model, a shorter training.sequence_length or GPUs with more memory"
     )
+
+
+def _other_engine(problem: Problem) -> str | None:
+    """Name an engine that was not asked, installed or not, and what it would take to the host."""
+    for name in adapters.ENGINE_PACKAGES:
+        if name in problem.strategies:
+            continue
+        # The keys passed through are those of the engine asked.
+        found = _best_of(replace(problem, strategies=(name,), engine={}))
+        if found:
+            switches = [
+                key for key in ("offload_optimizer", "offload_parameters") if getattr(found.plan, key)
+            ]
+            words = " ".join(f"plan.{key}=true" for key in switches)
+            return f"strategy={name} would fit{f', with {words}' if words else ''}"
+    return None
 
 
 def _more_nodes(problem: Problem) -> str | None:

@@ -315,6 +315,9 @@ def _switches(
         sequence_parallel = layout.tp > 1 and capabilities.sequence_parallel
     for stage in stages:
         for optimizer, parameters in _offloads(problem, capabilities, stage):
+            # Over one rank a higher stage saves nothing by itself; it only opens the way to the host.
+            if layout.dp * layout.cp == 1 and stage > stages[0] and not (optimizer or parameters):
+                continue
             for kind in kinds:
                 yield Plan(
                     strategy=strategy,

@@ -124,7 +124,8 @@ def _data_s(inputs: _Inputs) -> float:
     """Gradients (and with ZeRO weights) between the ranks that hold the same ones, less what the backward pass hides.
 
     ZeRO paper, section 7: stages 0 to 2 move each gradient and each weight once, stage 3 gathers the weights for the
-    forward and the backward pass. From stage 2 on, gradients are sharded, hence reduced after every micro-batch.
+    forward and the backward pass. From stage 2 on, gradients are sharded, hence reduced after every micro-batch
+    (unless the engine keeps them whole). One collective for each layer, about what the engines' buckets make.
     """
     plan, state, group = inputs.plan, inputs.state, inputs.groups["state"]
     if group.size == 1:
@@ -132,18 +133,30 @@ def _data_s(inputs: _Inputs) -> float:
     experts = inputs.stage.expert_parameters if expert_replicas(plan) > 1 else 0.0
     parameters = inputs.stage.parameters + experts
     backward = 2 * inputs.seconds.forward
-    reduce = group.all_gather_s(parameters * state.gradients)
-    gather = group.all_gather_s(parameters * (state.gathered or state.weights))
     layers = max(1, inputs.stage.num_layers)
-    hooks = layers * _SHARDING_S_PER_LAYER
-    if plan.zero_stage == 3:
-        forward = _exposed(gather, inputs.seconds.forward, layers)
-        return plan.num_microbatches * (forward + _exposed(gather + reduce, backward, layers) + 3 * hooks)
-    if plan.zero_stage == 2:
-        return plan.num_microbatches * (_exposed(reduce, backward, layers) + hooks) + gather + hooks
+    reduce = group.all_gather_s(parameters * state.gradients, calls=layers)
+    gather = group.all_gather_s(parameters * (state.gathered or state.weights), calls=layers)
+    if plan.zero_stage >= 2:
+        return _sharded_s(inputs, layers=layers, gather=gather, reduce=reduce)
     if plan.zero_stage == 1:
         return _exposed(reduce, backward, layers) + gather
-    return _exposed(2 * reduce, backward, layers)
+    return _exposed(group.all_reduce_s(parameters * state.gradients, calls=layers), backward, layers)
+
+
+def _sharded_s(inputs: _Inputs, *, layers: int, gather: float, reduce: float) -> float:
+    """Stages 2 and 3: the last micro-batch always reduces, the others unless gradients are kept whole."""
+    count, state = inputs.plan.num_microbatches, inputs.state
+    hooks = layers * _SHARDING_S_PER_LAYER
+    reductions = 1 if state.whole_gradients else count
+    backward = 2 * inputs.seconds.forward
+    forward_s = _exposed(gather, inputs.seconds.forward, layers) + hooks
+    reduce_s = _exposed(reduce, backward, layers) + hooks
+    if inputs.plan.zero_stage == 3:
+        both_s = _exposed(gather + reduce, backward, layers) + 2 * hooks
+        alone_s = _exposed(gather, backward, layers) + hooks
+        return count * forward_s + reductions * both_s + (count - reductions) * alone_s
+    gathers_s = count * forward_s if state.regathers else gather + hooks
+    return reductions * reduce_s + gathers_s
 
 
 def _exposed(communication: float, computation: float, num_layers: int) -> float:

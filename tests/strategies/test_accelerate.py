@@ -67,11 +67,17 @@ def steps(strategy: AccelerateStrategy, seeds: range) -> list[tuple[float, float
     return [(result.loss, result.grad_norm) for result in results]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_one_rank_opens_no_process_group(started: Any, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_rank_is_not_sharded(tmp_path: Path, stage: int) -> None:
+    plan = Plan(strategy="accelerate", dp=1, zero_stage=stage, precision="fp32")
+    with pytest.raises(ValueError, match=f"accelerate cannot shard plan.zero_stage={stage} over a single"):
+        AccelerateStrategy().setup(plan, MODEL, TRAINING, tmp_path)
+
+
+def test_one_rank_opens_no_process_group(started: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    strategy = started(zero_stage=stage)
+    strategy = started()
     assert not torch.distributed.is_initialized()
     assert strategy.dp_rank == 0
     losses = [loss for loss, _ in steps(strategy, range(3))]
@@ -110,7 +116,7 @@ def test_teardown_gives_the_environment_back(weights: Path) -> None:
     hf.be_quiet()  # sets one variable for good
     before = dict(os.environ)
     strategy = AccelerateStrategy()
-    plan = Plan(strategy="accelerate", dp=1, zero_stage=3, precision="fp32")
+    plan = Plan(strategy="accelerate", dp=1, precision="fp32")
     strategy.setup(plan, MODEL, TRAINING, weights)
     strategy.teardown()
     assert dict(os.environ) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,45 @@ def test_every_strategy_declares_state_for_its_precisions(name: str) -> None:
 def test_unknown_strategy_gets_a_suggestion() -> None:
     with pytest.raises(ValueError, match=r"strategy=deepsped is unknown; did you mean 'deepspeed'\?"):
         strategies.load("deepsped")
+
+
+def test_an_engine_key_may_keep_gradients_whole() -> None:
+    keyed = replace(NARROW, zero_stages=frozenset({0, 2}), sync_engine_key="group.sync")
+
+    def whole(**changes: Any) -> bool:
+        plan = as_plan(**{"dp": 2, "zero_stage": 2, "num_microbatches": 4, **changes})
+        return keyed.state_bytes_of(plan).whole_gradients
+
+    off = {"group": {"sync": False}}
+    assert whole(engine=off)
+    assert not whole()
+    assert not whole(engine={"group": {"sync": True}})
+    assert not whole(engine=off, num_microbatches=1)  # the last micro-batch is always reduced
+    assert not whole(engine=off, zero_stage=0)
+
+
+def test_an_engine_key_may_size_the_buffers() -> None:
+    keyed = replace(NARROW, buffer_elements=100, buffer_engine_key="zero.bucket")
+    assert keyed.buffer_elements_of(as_plan()) == 100
+    assert keyed.buffer_elements_of(as_plan(engine={"zero": {"bucket": 7}})) == 7
+
+
+@pytest.mark.parametrize("name", strategies.ENGINE_PACKAGES)
+def test_priced_and_unpriced_keys_are_keys_that_pass(name: str) -> None:
+    capabilities = strategies.load(name).capabilities
+    named = capabilities.unpriced_engine_keys | {capabilities.sync_engine_key, capabilities.buffer_engine_key}
+    for dotted in named - {""}:
+        level: Any = capabilities.engine_keys
+        for part in dotted.split("."):
+            assert part in level, dotted
+            level = level[part]
+
+
+def test_a_stage_above_0_needs_something_to_shard_over() -> None:
+    single = replace(NARROW, shards_single_rank=False)
+    assert single.why_not(as_plan(zero_stage=1)) == (
+        "x cannot shard plan.zero_stage=1 over a single data parallel rank; use plan.zero_stage=0, or more GPUs"
+    )
+    assert single.why_not(as_plan(zero_stage=1, dp=2)) is None
+    assert strategies.load("deepspeed").capabilities.why_not(as_plan("deepspeed", zero_stage=2)) is None
+    assert strategies.load("accelerate").capabilities.why_not(as_plan("accelerate", zero_stage=2)) is not None

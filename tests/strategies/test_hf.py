@@ -12,7 +12,7 @@ import torch
 
 from strategies import hf
 from strategies.hf_config import to_hf_config
-from strategies.model_spec import ModelSpec
+from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 
 MODEL = ModelSpec(
@@ -174,3 +174,42 @@ def test_deterministic_is_switched_on_only_when_asked(monkeypatch: pytest.Monkey
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
+
+
+def test_the_optimizer_is_fused_everywhere(weights: Path) -> None:
+    groups = hf.parameter_groups(hf.build_model(weights, MODEL), TRAINING)
+    assert hf.create_optimizer(groups, TRAINING).defaults["fused"] is True
+
+
+MIXTURE = replace(
+    MODEL,
+    model_type="mixtral",
+    head_dim=8,
+    moe=MoeSpec(num_experts=4, top_k=2, expert_ffn_hidden_size=32),
+)
+
+
+def test_routers_learn_to_balance_and_the_loss_reported_does_not_show_it(tmp_path: Path) -> None:
+    hf.create_weights(MIXTURE, TRAINING, tmp_path)
+    network = hf.build_model(tmp_path, MIXTURE)
+    batch, cpu = np.arange(18).reshape(2, 9), torch.device("cpu")
+    routers = [p for name, p in network.named_parameters() if p.shape == (4, 16) and "gate" in name]
+    assert len(routers) == MIXTURE.num_layers
+    plain, alone = hf.training_losses(network, batch, cpu, balance=0.0)
+    balanced, reported = hf.training_losses(network, batch, cpu, balance=1.0)
+    assert reported == alone == plain == hf.model_loss(network, batch, cpu)
+    assert not reported.requires_grad
+    assert float(balanced.detach() - reported) >= 1.9  # about top_k where the experts are equally loaded
+    without, added = torch.autograd.grad(plain, routers), torch.autograd.grad(balanced, routers)
+    for one, other in zip(without, added, strict=True):
+        assert float((other - one).abs().max()) > 1e-6
+    hf.enable_recompute(network, Plan(strategy="x", dp=1, recompute="full"))
+    recomputed, _ = hf.training_losses(network, batch, cpu, balance=1.0)
+    torch.testing.assert_close(torch.autograd.grad(recomputed, routers), added)
+
+
+def test_only_a_family_with_a_balance_loss_has_a_coefficient(weights: Path, tmp_path: Path) -> None:
+    assert hf.balance_coefficient(hf.build_model(weights, MODEL)) == 0.0
+    hf.create_weights(MIXTURE, TRAINING, tmp_path)
+    network = hf.build_model(tmp_path, MIXTURE)
+    assert hf.balance_coefficient(network) == network.config.router_aux_loss_coef > 0

@@ -19,18 +19,37 @@ CLUSTER = ClusterSpec(
     ),
     host_memory_gib=1000.0,
 )
-GROUP = Group(size=8, bytes_per_s=1e9, latency_s=1e-3)
+GROUP = Group(size=8, bytes_per_s=1e9, latency_s=1e-3, ring_s=7e-3)
 
 
 def test_volumes_are_those_of_rings() -> None:
-    assert GROUP.all_gather_s(8e9) == pytest.approx(7 + 3e-3)
+    assert GROUP.all_gather_s(8e9) == pytest.approx(7 + 7e-3)
     assert GROUP.all_reduce_s(8e9) == pytest.approx(2 * (7 + 3e-3))
-    assert GROUP.all_to_all_s(8e9) == pytest.approx(7 + 3e-3)
+    assert GROUP.all_to_all_s(8e9) == pytest.approx(7 + 7e-3)
     assert GROUP.send_s(2e9) == pytest.approx(2 + 1e-3)
 
 
+def test_latency_is_paid_by_every_call_and_volume_once() -> None:
+    assert GROUP.all_gather_s(8e9, calls=10) == pytest.approx(7 + 70e-3)
+    assert GROUP.all_reduce_s(8e9, calls=10) == pytest.approx(2 * (7 + 30e-3))
+
+
+def test_a_ring_has_a_hop_less_than_ranks_each_over_its_own_tier() -> None:
+    """Inside a node 10 us a hop, between nodes 20 us."""
+    assert group_of(CLUSTER, size=8, stride=1).ring_s == pytest.approx(7 * 10e-6)
+    assert group_of(CLUSTER, size=4, stride=8).ring_s == pytest.approx(3 * 20e-6)
+    assert group_of(CLUSTER, size=16, stride=1).ring_s == pytest.approx(14 * 10e-6 + 1 * 20e-6)
+    assert group_of(CLUSTER, size=16, stride=2).ring_s == pytest.approx(12 * 10e-6 + 3 * 20e-6)
+
+
+def test_a_tree_is_used_only_where_it_is_shorter() -> None:
+    group = group_of(CLUSTER, size=9, stride=1)  # seven hops of 10 us and one of 20, or four levels of 20
+    assert group.all_reduce_s(0) == pytest.approx(2 * 80e-6)
+    assert group_of(CLUSTER, size=3, stride=4).all_reduce_s(0) == pytest.approx(2 * 30e-6)
+
+
 def test_one_rank_has_nobody_to_talk_to() -> None:
-    alone = Group(size=1, bytes_per_s=1e9, latency_s=1e-3)
+    alone = group_of(CLUSTER, size=1, stride=1)
     assert (
         alone.all_gather_s(1e9)
         == alone.all_reduce_s(1e9)

@@ -29,6 +29,7 @@ ENGINES = {
         state_bytes={"bf16": STATE, "fp32": STATE},
     )
 }
+ENGINES["keyed"] = replace(ENGINES["plain"], unpriced_engine_keys=frozenset({"zero.prefetch", "host"}))
 ENGINES["full"] = replace(
     ENGINES["plain"],
     zero_stages=frozenset({1}),
@@ -70,6 +71,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> None:
         return Adapter
 
     monkeypatch.setattr(strategies, "load", load)
+    monkeypatch.setattr(strategies, "ENGINE_PACKAGES", {"plain": "plain"})
 
 
 def ranked(engine: str, *, model: ModelSpec = MODEL, cluster: ClusterSpec = CLUSTER, **pins: Any) -> Ranking:
@@ -132,3 +134,14 @@ def test_nothing_fits_is_an_error_and_not_a_table() -> None:
     for write in (explain.table, explain.to_json):
         with pytest.raises(PlanError, match="no plan of llama_8b"):
             write(ranked("plain", cluster=tight))
+
+
+def test_engine_keys_that_the_estimate_does_not_follow_are_named() -> None:
+    engine = {"zero": {"prefetch": 7, "bucket": 1}, "host": {"ratio": 0.5}, "log": True}
+    ranking = rank(MODEL, CLUSTER, TRAINING, PlanRequest(), strategies=["keyed"], engine=engine)
+    named = [line for line in explain.table(ranking).splitlines() if "priced" in line]
+    assert named == [
+        "strategy.engine.zero.prefetch is passed on but not priced",
+        "strategy.engine.host.ratio is passed on but not priced",
+    ]
+    assert "priced" not in explain.table(ranked("keyed"))

@@ -182,3 +182,12 @@ def test_buckets_count_above_stage_zero_and_never_exceed_the_model() -> None:
     assert buffers(0, 1000) == buffers(0, 0)
     assert buffers(1, 1000) == buffers(1, 0) + 1000 * STATE.gradients
     assert buffers(1, 10**15) == buffers(1, 0) + GPT.num_parameters * STATE.gradients
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_kept_whole_are_not_sharded(stage: int) -> None:
+    plan = plan_of(dp=8, zero_stage=stage)
+    sharded, whole = memory(GPT, plan), memory(GPT, plan, state=replace(STATE, whole_gradients=True))
+    assert whole.gradients == pytest.approx(8 * sharded.gradients)
+    assert whole.buffers < sharded.buffers  # nothing further lives while it is reduced
+    assert whole.optimizer == sharded.optimizer

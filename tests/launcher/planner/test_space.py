@@ -200,3 +200,30 @@ def test_divisors_and_lists() -> None:
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert divisors(1) == [1]
     assert listed([1, 2, 3], most=2) == "1, 2, ..."
+
+
+SINGLE = replace(CLUSTER, num_nodes=1, gpus_per_node=1)
+OFFLOADING = replace(
+    DATA_PARALLEL, zero_stages=frozenset({0, 1, 2, 3}), offload_optimizer_stages=frozenset({1, 2, 3})
+)
+
+
+def test_on_one_rank_higher_stages_only_open_the_way_to_the_host() -> None:
+    found = plans(cluster=SINGLE, capabilities=OFFLOADING)
+    assert {(plan.zero_stage, plan.offload_optimizer) for plan in found} == {
+        (0, False),
+        (1, True),
+        (2, True),
+        (3, True),
+    }
+    pinned = plans(cluster=SINGLE, capabilities=OFFLOADING, zero_stage=2, offload_optimizer=False)
+    assert {plan.zero_stage for plan in pinned} == {2}
+
+
+def test_an_engine_that_cannot_shard_over_one_rank_refuses_a_pinned_stage() -> None:
+    sentence = refused(
+        cluster=SINGLE, capabilities=replace(OFFLOADING, shards_single_rank=False), zero_stage=2
+    )
+    assert sentence == (
+        "s cannot shard plan.zero_stage=2 over a single data parallel rank; use plan.zero_stage=0, or more GPUs"
+    )

@@ -37,17 +37,19 @@ CLUSTER = ClusterSpec(
 )
 
 
-def timed(model: ModelSpec = MODEL, cluster: ClusterSpec = CLUSTER, **values: Any) -> TimeCost:
+def timed(
+    model: ModelSpec = MODEL, cluster: ClusterSpec = CLUSTER, state: StateBytes = STATE, **values: Any
+) -> TimeCost:
     defaults: dict[str, Any] = {"strategy": "s", "dp": 1, "num_microbatches": 8}
     plan = Plan(**(defaults | values))
     stages = stages_of(model, plan)
-    memory, host = stage_memory(model, plan=plan, training=TRAINING, state=STATE, stage=stages[0])
+    memory, host = stage_memory(model, plan=plan, training=TRAINING, state=state, stage=stages[0])
     return step_time(
         model,
         plan=plan,
         training=TRAINING,
         cluster=cluster,
-        state=STATE,
+        state=state,
         memory=memory,
         host_bytes=host,
         stages=stages,
@@ -121,3 +123,28 @@ def test_sharded_stages_communicate_more() -> None:
     by_stage = [timed(dp=32, zero_stage=stage).dp for stage in (0, 1, 2, 3)]
     assert by_stage[3] > by_stage[0]
     assert by_stage[2] > by_stage[1]  # gradients are reduced after every micro-batch
+
+
+# 1000 s a hop, so that nothing hides it and everything else vanishes. Four ranks: three hops round the ring, two
+# levels up the tree; eight layers, eight micro-batches.
+FAR = replace(CLUSTER, links=(Link(size=None, gb_per_s=1e6, latency_us=1e9),))
+RING_S, TREE_S = 8 * 3 * 1000, 2 * 8 * 2 * 1000
+REGATHERS = replace(STATE, regathers=True)
+WHOLE = replace(STATE, whole_gradients=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "state", "expected"),
+    [
+        (0, STATE, TREE_S),
+        (1, STATE, 2 * RING_S),  # one reduction, one gather
+        (2, STATE, 8 * RING_S + RING_S),  # a reduction a micro-batch
+        (2, REGATHERS, 8 * (RING_S + RING_S)),  # and a gather
+        (2, WHOLE, RING_S + RING_S),
+        (3, STATE, 8 * 3 * RING_S),  # two gathers and a reduction
+        (3, WHOLE, 8 * 2 * RING_S + RING_S),
+    ],
+)
+def test_latency_is_that_of_one_collective_a_layer(stage: int, state: StateBytes, expected: float) -> None:
+    time = timed(cluster=FAR, state=state, dp=4, zero_stage=stage)
+    assert time.dp == pytest.approx(expected, rel=2e-3)
