@@ -136,17 +136,14 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
-    if verb in ("--help", "-h", "help"):
-        print(USAGE)
+    if verb in ("--help", "-h", "help") or (verb in ("resume", "show") and rest in (["--help"], ["-h"])):
+        _print(USAGE, sys.stdout)
         return FINISHED
     if verb == "--version":
-        print(f"meshwright {__version__}")
+        _print(f"meshwright {__version__}", sys.stdout)
         return FINISHED
     if verb in ("-sc", "--shell-completion"):
         compose.complete_shell(words, list(VERBS))
-        return FINISHED
-    if verb in ("resume", "show") and rest in (["--help"], ["-h"]):
-        print(USAGE)
         return FINISHED
     if verb not in VERBS:
         raise ConfigError(f"'{verb}' is not a verb; {suggest(verb, VERBS)}")
@@ -183,9 +180,8 @@ def _train(arguments: list[str], output: Output) -> int:
 
 
 def _only_asks(arguments: Sequence[str]) -> bool:
-    return any(
-        word.startswith(("--help", "--cfg", "--info", "--hydra-help", "-c", "-h")) for word in arguments
-    )
+    asking = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
+    return any(word.split("=")[0] in asking for word in arguments)
 
 
 def _train_one(job: Job, output: Output) -> int:
@@ -198,7 +194,7 @@ def _train_one(job: Job, output: Output) -> int:
 
 def rank(job: Job) -> planner.Ranking:
     """Plan a job: every candidate of the engines it may use."""
-    names = compose.installed_strategies() if job.strategy.name == "auto" else [job.strategy.name]
+    names = compose.available_strategies() if job.strategy.name == "auto" else [job.strategy.name]
     return planner.rank(
         job.model, job.cluster, job.training, job.plan, strategies=names, engine=job.strategy.engine
     )
@@ -269,11 +265,10 @@ def _same_run(run: RunDir, job: Job) -> RunDir:
 
 
 def _notes(job: Job) -> list[str]:
-    notes, gpu = [], job.cluster.gpu
-    if compose.missing_package(job.strategy.name):
-        notes.append(
-            f"{job.strategy.name}: not installed here; pip install 'meshwright[{job.strategy.name}]'"
-        )
+    gpu = job.cluster.gpu
+    names = compose.available_strategies() if job.strategy.name == "auto" else [job.strategy.name]
+    absent = [name for name in names if compose.missing_package(name)]
+    notes = [f"{name}: not installed here; pip install 'meshwright[{name}]'" for name in absent]
     if job.training.precision == "fp32" and gpu.device == "cuda" and "bf16" not in gpu.peak_tflops:
         notes.append(f"training.precision=fp32: {gpu.name} has no bf16, and fp16 is not offered yet")
     return notes
@@ -288,9 +283,9 @@ def _resume(arguments: list[str], output: Output) -> int:
         if os.environ["RANK"] == "0":
             _take_over(run)
         _become_worker([str(run.path)])
-    _check_host(run.job(), run.plan())
     if show.describe(run)["state"] == "finished":
         return _report(run, output)
+    _check_host(run.job(), run.plan())
     return _drive(run, output)
 
 

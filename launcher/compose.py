@@ -138,9 +138,10 @@ def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
     return job
 
 
-def installed_strategies() -> list[str]:
-    """Engines that strategy=auto may choose from: all whose package is here."""
-    return [name for name in strategies.ENGINE_PACKAGES if missing_package(name) is None]
+def available_strategies() -> list[str]:
+    """Engines that strategy=auto may choose from: those installed here; all where none is (a laptop plans too)."""
+    installed = [name for name in strategies.ENGINE_PACKAGES if missing_package(name) is None]
+    return installed or list(strategies.ENGINE_PACKAGES)
 
 
 def missing_package(strategy: str) -> str | None:

@@ -107,19 +107,15 @@ def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: i
 
 def explain(run: RunDir, *, code: int, stderr_from: int = 0) -> LauncherError:
     """The first cause: an error file of a rank, else a signal in torchrun's summary, else the bare exit code."""
-    records = list(_records(run))
-    if records:
-        return _from_record(min(records, key=_cause_first))
+    records = sorted(_records(run), key=_cause_first)
     log = run.logs / "stderr.log"
-    with log.open("rb") as file:
-        file.seek(stderr_from)
-        text = file.read().decode("utf-8", errors="replace")
-    # Other ranks are ended because of the first one, and torchrun lists them before it.
-    for found in _TORCHRUN_FAILURE.finditer(text.rpartition("Root Cause")[2]):
-        if int(found["code"]) < 0:
-            return _from_signal(f"rank {found['rank']}", -int(found["code"]), log)
-    if code < 0:
-        return _from_signal("rank 0", -code, log)
+    if records and not _lost_a_peer(records[0]):
+        return _from_record(records[0])
+    killed = _killed_rank(log, stderr_from=stderr_from) if code > 0 else (0, -code)
+    if killed is not None:
+        return _from_signal(*killed, log=log)
+    if records:
+        return _from_record(records[0])
     if shutil.disk_usage(run.path).free < _FULL_DISK_BYTES:
         return RunDirError(
             f"run_dir={run.path}: no space is left on its disk; free some, then `meshwright resume`"
@@ -133,10 +129,22 @@ def _records(run: RunDir) -> Iterator[dict[str, Any]]:
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
+def _killed_rank(log: Path, *, stderr_from: int) -> tuple[int, int] | None:
+    """Rank and signal of torchrun's root cause; ranks that it ended because of that one are listed before it."""
+    with log.open("rb") as file:
+        file.seek(stderr_from)
+        text = file.read().decode("utf-8", errors="replace")
+    found = _TORCHRUN_FAILURE.search(text.rpartition("Root Cause")[2])
+    return (int(found["rank"]), -int(found["code"])) if found and int(found["code"]) < 0 else None
+
+
 def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:
-    # Ranks that lost a dead peer report a broken connection; the peer's own reason comes first.
-    lost_peer = record["type"].startswith("Dist") or _LOST_PEER.search(record["message"])
-    return bool(lost_peer), record["time"]
+    return _lost_a_peer(record), record["time"]
+
+
+def _lost_a_peer(record: dict[str, Any]) -> bool:
+    """Tell whether a rank merely reports that another one is gone, whose own reason comes first."""
+    return record["type"].startswith("Dist") or bool(_LOST_PEER.search(record["message"]))
 
 
 def _from_record(record: dict[str, Any]) -> LauncherError:
@@ -152,11 +160,12 @@ def _from_record(record: dict[str, Any]) -> LauncherError:
     )
 
 
-def _from_signal(who: str, number: int, log: Path) -> LauncherError:
+def _from_signal(rank: int, number: int, *, log: Path) -> LauncherError:
     name = signal.Signals(number).name
     hint = " (often the host's out-of-memory killer)" if number == signal.SIGKILL else ""
     return TrainingError(
-        f"{who} was killed by {name}{hint}; the last good checkpoint is kept, `meshwright resume` continues, see {log}"
+        f"rank {rank} was killed by {name}{hint}; the last good checkpoint is kept and "
+        f"`meshwright resume` continues from it, see {log}"
     )
 
 

@@ -27,6 +27,7 @@ from strategies.spec import Plan
 if TYPE_CHECKING:
     from launcher.ranks import Ranks
 
+STEPS_TO_COMPARE = 5  # measured after warm-up before the prediction is held against them
 logger = logging.getLogger(__name__)
 
 
@@ -149,6 +150,7 @@ class Trainer:
                 metrics = self._one_step(loader)
                 for sink in self.sinks:
                     sink.write(metrics)
+                self._compare_with_plan()
                 stopping = self._stop_requested(first_step)
                 if self._checkpoint_due(stopping=stopping):
                     self.save()
@@ -249,13 +251,36 @@ class Trainer:
         self._last_validation = self.strategy.evaluate(batches)
         return self._last_validation
 
-    def _conclude(self, state: str) -> None:
-        peak_gib = self.ranks.maximum(peak_memory_gib(self.process.device_peak_bytes))
+    def _compare_with_plan(self) -> None:
+        """Once the steps are warm, hold the plan's prediction against them."""
+        if len(self._step_times) != self.job.monitor.warmup_steps + STEPS_TO_COMPARE:
+            return
+        measured = self._measure()
         if self.ranks.rank != 0:
             return
+        predicted = self.run.plan_data()["predictions"]
+        self.run.log_event("compared", step=self.step, measured=measured)
+        logger.info(
+            "after warm-up: %.3f s a step (predicted %.3f), %.2f GiB (predicted %.2f)",
+            measured["step_s"],
+            predicted["step_s"],
+            measured["memory_bytes"] / 2**30,
+            predicted["memory_bytes"] / 2**30,
+        )
+
+    def _measure(self) -> dict[str, Any]:
+        """Peak memory of the worst rank and the median step; every rank has to ask."""
+        peak_gib = self.ranks.maximum(peak_memory_gib(self.process.device_peak_bytes))
         warm = self._step_times[self.job.monitor.warmup_steps :] or self._step_times
-        step_s = statistics.median(warm) if warm else None
-        measured = {"memory_bytes": round(peak_gib * 2**30), "step_s": step_s}
+        return {
+            "memory_bytes": round(peak_gib * 2**30),
+            "step_s": statistics.median(warm) if warm else None,
+        }
+
+    def _conclude(self, state: str) -> None:
+        measured = self._measure()
+        if self.ranks.rank != 0:
+            return
         self.run.log_event(state, step=self.step, validation_loss=self._last_validation, measured=measured)
         logger.info("%s at step %d%s", state, self.step, _validation_text(self._last_validation))
 

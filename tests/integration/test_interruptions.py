@@ -74,6 +74,33 @@ def test_workers_of_a_killed_launcher_save_and_leave(tmp_path: Path) -> None:
     assert len(manifests(run)) == 1
 
 
+def test_a_killed_rank_is_named_and_resume_goes_on(tmp_path: Path, call: Callable[..., Any]) -> None:
+    run = tmp_path / "run"
+    words = [
+        "monitor=none",
+        "cluster.gpus_per_node=2",
+        "data.max_bytes=200000",
+        "training.sequence_length=32",
+    ]
+    words += [
+        "training.global_batch_size=8",
+        "training.num_steps=400",
+        "checkpoint.interval=5",
+        f"run_dir={run}",
+    ]
+    command = [sys.executable, "-m", "launcher", "train", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: bool(manifests(run)))
+        victim = next(worker for worker in workers(run) if worker.environ().get("RANK") == "1")
+        victim.kill()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 9
+    assert "rank 1 was killed by SIGKILL" in err.strip().splitlines()[-1]
+    outcome = call("resume", str(run), "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["state"] == "finished"
+
+
 def test_a_second_launcher_is_refused(tmp_path: Path, call: Callable[..., Any]) -> None:
     run = tmp_path / "run"
     with training(run) as process:

@@ -77,6 +77,15 @@ def test_shape_keys_beside_a_hugging_face_config_are_refused(tmp_path: Path, tin
         job_of(f"model.hf_config={tmp_path}", "model.num_layers=4")
 
 
+def test_auto_plans_for_every_engine_where_none_is_installed(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "missing_package", lambda strategy: strategy)
+    plan = call("plan", "strategy=auto", "model=llama3_8b", "cluster=h100_sxm", "--json").json
+    assert plan["inputs"]["strategies"] == ["accelerate", "deepspeed"]
+    assert len(plan["notes"]) == 2
+
+
 def test_torchrun_decides_the_size_of_the_local_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(key, value)

@@ -78,6 +78,14 @@ def test_the_root_cause_is_read_not_what_it_caused(run: RunDir) -> None:
     assert "rank 1 was killed by SIGKILL" in str(supervise.explain(run, code=1))
 
 
+def test_a_killed_rank_explains_the_connections_it_broke(run: RunDir) -> None:
+    died(run, rank=0, message="Read error [127.0.0.1]:43159: Connection reset by peer.")
+    (run.logs / "stderr.log").write_text(
+        "Root Cause (first observed failure):\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 77)\n"
+    )
+    assert "rank 1 was killed by SIGKILL" in str(supervise.explain(run, code=1))
+
+
 def test_an_error_file_that_a_full_disk_left_empty_is_passed_over(run: RunDir) -> None:
     (run.errors / "rank_00000.json").write_text("")
     died(run, rank=1, message="the reason")

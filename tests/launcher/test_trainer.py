@@ -110,6 +110,7 @@ def make(tmp_path: Path, job: Job, dataset: TokenDataset) -> Callable[..., Train
     run = RunDir(path=tmp_path / "run")
     for folder in (run.metrics, run.checkpoints, run.logs):
         folder.mkdir(parents=True)
+    run.plan_file.write_text(json.dumps({"predictions": {"step_s": 1.5, "memory_bytes": 2**30}}))
 
     def build(**changes: Any) -> Trainer:
         changed = replace(job, **changes)
@@ -228,6 +229,17 @@ def test_measured_figures_are_stored(make: Callable[..., Trainer]) -> None:
     assert finished[0]["measured"]["step_s"] > 0
     assert finished[0]["measured"]["memory_bytes"] > 0
     assert finished[0]["validation_loss"] > 0
+
+
+def test_the_prediction_is_held_against_warm_steps(
+    make: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make()
+    with caplog.at_level("INFO"):
+        trainer.train()
+    compared = [event for event in trainer.run.events() if event["event"] == "compared"]
+    assert [event["step"] for event in compared] == [6]  # one step of warm-up and five to compare
+    assert any("(predicted 1.500)" in message for message in caplog.messages)
 
 
 def test_a_loss_that_is_no_number_stops_before_it_spoils_checkpoints(
