@@ -133,8 +133,7 @@ def _run_bare(case: Case, run: RunDir, log: Path) -> Path:
     environment = local.environment(
         os.environ,
         num_processes=case.num_ranks,
-        num_cores=len(os.sched_getaffinity(0)),
-        device=job.cluster.gpu.device,
+        num_cores=len(os.sched_getaffinity(0))
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.num_ranks}"]
     options = {
