@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -87,6 +88,9 @@ def _work(run: RunDir, *, store: Store | None) -> None:
     if ranks.rank == 0:
         run.log_event("started", step=trainer.step, hosts=hosts)
         trainer.sinks = _open_sinks(run, job, start_step=trainer.step)
+    # What set-up made lives as long as the run: full collections need not walk it at some step or other.
+    gc.collect()
+    gc.freeze()
     try:
         trainer.train()
     finally:
