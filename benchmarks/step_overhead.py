@@ -131,9 +131,7 @@ def _run_bare(case: Case, run: RunDir, log: Path) -> Path:
     """Run the bare script on the model shape, the tokens and the precision of `run`."""
     job, plan, dataset = run.job(), run.plan(), run.dataset()
     environment = local.environment(
-        os.environ,
-        num_processes=case.num_ranks,
-        num_cores=len(os.sched_getaffinity(0))
+        os.environ, num_processes=case.num_ranks, num_cores=len(os.sched_getaffinity(0))
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.num_ranks}"]
     options = {
