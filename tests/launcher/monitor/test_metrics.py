@@ -127,12 +127,12 @@ def test_mfu_is_achieved_over_peak_flops() -> None:
     assert flops_utilisation(model, sequence_length=128, tokens_per_s_per_gpu=1e3, peak_tflops=None) is None
 
 
-def test_one_step_costs_less_than_a_millisecond(tmp_path: Path) -> None:
+def test_a_step_late_in_a_run_costs_no_more_than_an_early_one(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     durations = []
-    for step in range(1, 301):
+    for step in range(1, 2001):
         start = time.perf_counter()
         file.write(replace(METRICS, step=step))
         durations.append(time.perf_counter() - start)
     file.close()
-    assert median(durations) < 1e-3
+    assert median(durations[-500:]) < 5 * median(durations[:500])

@@ -318,12 +318,12 @@ def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path) -> None:
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
-def test_one_step_costs_less_than_a_millisecond(tmp_path: Path, wandb_service: None) -> None:
+def test_a_step_late_in_a_run_costs_no_more_than_an_early_one(tmp_path: Path, wandb_service: None) -> None:
     writers = open_writers(MonitorConfig(), directory=tmp_path / "metrics", settings={}, history=[])
     assert writers.names == ("TensorBoard", "W&B")
-    durations = cost_of(writers, steps=range(1, 201))
+    durations = cost_of(writers, steps=range(1, 1001))
     writers.close()
-    assert median(durations) < 1e-3
+    assert median(durations[-300:]) < 5 * median(durations[:300])
 
 
 def cost_of(writers: Writers, *, steps: Sequence[int]) -> list[float]:

@@ -250,13 +250,19 @@ def test_of_several_engines_one_may_be_unable() -> None:
     )
 
 
-@pytest.mark.parametrize("num_nodes", [8, 32, 128])
-def test_ranking_is_fast(num_nodes: int) -> None:
+def test_the_search_grows_slower_than_the_cluster() -> None:
+    """Sixteen times the GPUs, far less than sixteen times the work: compared by CPU time in one process."""
     training = replace(TRAINING, global_batch_size=1024)
-    started = time.process_time()
-    ranking = ranked(model=LLAMA_70B, cluster=replace(H100, num_nodes=num_nodes), training=training)
-    assert time.process_time() - started < 0.2
-    assert ranking.candidates
+
+    def seconds(num_nodes: int) -> float:
+        cluster = replace(H100, num_nodes=num_nodes)
+        started = time.process_time()
+        for _ in range(3):
+            assert ranked(model=LLAMA_70B, cluster=cluster, training=training).candidates
+        return time.process_time() - started
+
+    seconds(8)  # warm
+    assert seconds(128) < 8 * seconds(8)
 
 
 def test_a_request_names_what_cannot_be_meant() -> None:
