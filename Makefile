@@ -7,8 +7,8 @@ TEST_WORKERS ?= 2
 train: .venv/ready  ## plan, freeze and train the example run here
 	$(PYTHON) -m launcher train experiment=first_run
 
-test: .venv/ready  ## all tests
-	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadgroup
+test: .venv/ready  ## all tests; a file stays on one worker, so that its fixtures are made once
+	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: .venv/ready format lint types imports test  ## everything that has to pass
 

@@ -32,14 +32,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.xdist_group("first_run")
 def test_validation_loss_falls_below_two_nats_per_byte(run: Path) -> None:
     validation = {m["step"]: m["validation_loss"] for m in metrics(run) if "validation_loss" in m}
     assert sorted(validation) == [100, 200, 300, 400, 500]
     assert validation[500] < 2.0 < math.log(256)
 
 
-@pytest.mark.xdist_group("first_run")
 def test_the_plan_was_computed_and_checked(run: Path, call: Callable[..., Any]) -> None:
     plan = json.loads((run / "plan.json").read_text())
     assert (plan["strategy"], plan["dp"]) == ("accelerate", 2)
@@ -49,7 +47,6 @@ def test_the_plan_was_computed_and_checked(run: Path, call: Callable[..., Any]) 
     assert facts["comparison"]["memory_bytes"]["measured"] > 0
 
 
-@pytest.mark.xdist_group("first_run")
 def test_tensorboard_has_every_point(run: Path) -> None:
     events = EventAccumulator(str(run / "metrics" / "tensorboard")).Reload()
     recorded = [(event.step, event.value) for event in events.Scalars("train/loss")]
@@ -59,14 +56,12 @@ def test_tensorboard_has_every_point(run: Path) -> None:
     assert len(events.Scalars("validation/loss")) == 5
 
 
-@pytest.mark.xdist_group("first_run")
 def test_wandb_has_every_point(run: Path, wandb_reader: SimpleNamespace) -> None:
     (file,) = (run / "metrics" / "wandb").glob("offline-run-*/*.wandb")
     recorded = [(row["_step"], row["train/loss"]) for row in wandb_reader.history(file)]
     assert recorded == [(m["step"], m["loss"]) for m in metrics(run)]
 
 
-@pytest.mark.xdist_group("first_run")
 def test_one_run_directory_holds_it_all(run: Path) -> None:
     env = json.loads((run / "env.json").read_text())
     assert env["versions"]["torch"]
