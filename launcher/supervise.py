@@ -130,12 +130,17 @@ def _records(run: RunDir) -> Iterator[dict[str, Any]]:
 
 
 def _killed_rank(log: Path, *, stderr_from: int) -> tuple[int, int] | None:
-    """Rank and signal of torchrun's root cause; ranks that it ended because of that one are listed before it."""
+    """Rank and signal in torchrun's summary: its root cause if that died by one, else another rank.
+
+    torchrun ends the ranks that are left with SIGTERM, so that signal is the last one to believe.
+    """
     with log.open("rb") as file:
         file.seek(stderr_from)
         text = file.read().decode("utf-8", errors="replace")
-    found = _TORCHRUN_FAILURE.search(text.rpartition("Root Cause")[2])
-    return (int(found["rank"]), -int(found["code"])) if found and int(found["code"]) < 0 else None
+    others, _, root_cause = text.rpartition("Root Cause")
+    failures = [*_TORCHRUN_FAILURE.finditer(root_cause), *_TORCHRUN_FAILURE.finditer(others)]
+    killed = [(int(found["rank"]), -int(found["code"])) for found in failures if int(found["code"]) < 0]
+    return min(killed, key=lambda death: death[1] == signal.SIGTERM, default=None)
 
 
 def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:

@@ -170,8 +170,10 @@ def _first_user_frame(error: BaseException) -> str | None:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code:
-        # Leave at once: destructors of a process group may wait for ranks that wait for us.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the reader may have left
+            stream.flush()
+    # Leave at once. After a fault, destructors of a process group may wait for ranks that wait for us; after a
+    # good end, gloo's threads now and then abort the interpreter's own way out (seen as SIGABRT, all work done).
+    os._exit(code)

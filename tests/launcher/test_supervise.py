@@ -86,6 +86,16 @@ def test_a_killed_rank_explains_the_connections_it_broke(run: RunDir) -> None:
     assert "rank 1 was killed by SIGKILL" in str(supervise.explain(run, code=1))
 
 
+def test_the_killed_rank_is_found_when_its_victim_was_noticed_first(run: RunDir) -> None:
+    died(run, rank=0, message="Connection closed by peer [127.0.0.1]:21918.")
+    (run.logs / "stderr.log").write_text(
+        "Failures:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 77)\n"
+        "  rank      : 2 (local_rank: 2)\n  exitcode  : -15 (pid: 78)\n"
+        "Root Cause (first observed failure):\n  rank      : 0 (local_rank: 0)\n  exitcode  : 9 (pid: 76)\n"
+    )
+    assert "rank 1 was killed by SIGKILL" in str(supervise.explain(run, code=1))
+
+
 def test_an_error_file_that_a_full_disk_left_empty_is_passed_over(run: RunDir) -> None:
     (run.errors / "rank_00000.json").write_text("")
     died(run, rank=1, message="the reason")
