@@ -157,13 +157,13 @@ def create(
         os.replace(aside, path)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and (path / "plan.json").exists():
+        if not isinstance(error, OSError):
+            raise
+        if (path / "plan.json").exists():
             check_free(path)  # somebody else was faster; say so
-        if isinstance(error, OSError):
-            raise RunDirError(
-                f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
-            ) from error
-        raise
+        raise RunDirError(
+            f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
+        ) from error
     return RunDir(path=path.resolve())
 
 

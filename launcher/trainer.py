@@ -43,7 +43,7 @@ class Process:
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One run on one rank. `start_step` and the data position follow from the checkpoint that was loaded."""
+    """One run on one rank. `step` and `consumed_samples` follow from the checkpoint that `restore` loads."""
 
     run: RunDir
     job: Job
