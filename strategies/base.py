@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, Precision, TrainingSpec
@@ -41,6 +41,22 @@ class StateBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How an engine runs a layer, as far as time and memory depend on it; the plan says everything else."""
+
+    # Norms, activations, rotary embeddings and the loss as one kernel each (Transformer Engine, Liger, torch.compile).
+    fused_kernels: bool = False
+    attention: Literal["flash", "flash1", "unfused"] = "flash"  # flash1: the first FlashAttention; unfused: scores stored
+    cuda_graphs: bool = False  # kernels are not launched one by one from the host
+    overlap_gradients: bool = True  # reduced beside the backward pass
+    overlap_parameters: bool = True  # gathered for the next layer beside the one at hand
+    overlap_tp: bool = False  # tensor parallel collectives beside the products they feed
+    overlap_pp: bool = False  # messages between stages beside computation
+    overlap_ep: bool = False  # tokens to experts of one micro-batch beside the computation of another
+    frozen_weights: bool = False  # only small adapters are trained (LoRA, arXiv 2106.09685)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """What an engine can do. The planner reads this and nothing else."""
 
@@ -54,6 +70,7 @@ class Capabilities:
     offload_parameters_stages: frozenset[int] = frozenset()
     model_types: frozenset[str] | None = None  # None: every family of Hugging Face
     rank_order: tuple[str, ...] = ("tp", "cp", "dp", "pp")
+    execution: Execution = field(default_factory=Execution)
     shards_single_rank: bool = True  # do ZeRO stages above 0 exist where there is nothing to shard over?
     reshardable: bool = False  # can load() accept a checkpoint of another plan?
     # Where a ZeRO stage holds something else than `state_bytes` of its precision says.

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Precision = Literal["fp32", "bf16", "fp16"]
+# fp8 and nvfp4: matrix products in that format, under whichever scaling recipe; everything else as in bf16.
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -91,6 +92,13 @@ class Plan:
     micro_batch_size: int = 1  # sequences per rank per forward
     num_microbatches: int = 1  # per step; DeepSpeed calls it gradient_accumulation_steps
     recompute: Recompute = "none"
+    # full: so many layers of each stage, the first ones; 0: all (Megatron-core: recompute_num_layers, method block)
+    recompute_num_layers: int = 0
+    # selective: Megatron-core's words for the parts (core_attn, mlp, moe, layernorm, moe_act, mla_up_proj);
+    # empty: core_attn
+    recompute_modules: tuple[str, ...] = ()
+    # layers of each stage, or chunk where vp > 1, in the order of the model; empty: the same everywhere
+    pipeline_split: tuple[int, ...] = ()
     sequence_parallel: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -104,6 +112,11 @@ class Plan:
                 raise ValueError(f"plan.{key}={getattr(self, key)} must be at least 1")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"plan.zero_stage={self.zero_stage} is not a ZeRO stage; use one of 0, 1, 2, 3")
+        if self.pipeline_split and len(self.pipeline_split) != self.pp * self.vp:
+            raise ValueError(
+                f"plan.pipeline_split={list(self.pipeline_split)} must name the layers of "
+                f"plan.pp={self.pp} * plan.vp={self.vp} chunks, not of {len(self.pipeline_split)}"
+            )
 
     @property
     def world_size(self) -> int:

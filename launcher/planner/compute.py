@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.cluster.spec import GpuSpec
-from launcher.planner.memory import StageShape, layer_activation_bytes
+from launcher.planner.memory import layer_activation_bytes
+from launcher.planner.stages import StageShape
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, Precision, TrainingSpec
 

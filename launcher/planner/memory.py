@@ -7,74 +7,11 @@ per matrix, so that gated MLPs, grouped queries and experts are covered.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from launcher.planner.cost import MemoryCost
+from launcher.planner.stages import StageShape, expert_replicas
 from strategies.base import StateBytes
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageShape:
-    """What one pipeline stage holds: its layers, and the parameters of one of its ranks."""
-
-    index: int
-    dense_layers: int
-    moe_layers: int
-    has_embedding: bool
-    has_head: bool
-    parameters: float  # sharded by ZeRO over dp * cp ranks
-    expert_parameters: float  # sharded over the ranks that hold the same experts
-    layer_parameters: float  # of one of its largest layers: what ZeRO 3 gathers at a time
-    root_parameters: float  # embedding, final norm and head: gathered as one unit
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of this stage."""
-        return self.dense_layers + self.moe_layers
-
-
-def stages_of(model: ModelSpec, plan: Plan) -> tuple[StageShape, ...]:
-    """Return the stages among which the fullest and the slowest one are: first, first without dense layers, last."""
-    indices = {0, plan.pp - 1}
-    if model.moe:
-        per_chunk = model.num_layers // (plan.pp * plan.vp)
-        indices.add(min(plan.pp - 1, -(-model.moe.num_dense_layers // per_chunk)))
-    return tuple(_stage(model, plan, index) for index in sorted(indices))
-
-
-def _stage(model: ModelSpec, plan: Plan, index: int) -> StageShape:
-    per_chunk = model.num_layers // (plan.pp * plan.vp)
-    first_layers = [(chunk * plan.pp + index) * per_chunk for chunk in range(plan.vp)]
-    num_dense = model.num_layers - model.num_moe_layers
-    dense = sum(min(per_chunk, max(0, num_dense - first)) for first in first_layers)
-    moe = per_chunk * plan.vp - dense
-    has_embedding, has_head = index == 0, index == plan.pp - 1
-    root = model.embedding_parameters / plan.tp if has_embedding else 0.0
-    if has_head:
-        root += model.norm_parameters
-    # A tied head on another stage than the token table is a copy of it.
-    if has_head and (plan.pp > 1 or not model.tied_embeddings):
-        root += model.vocab_size * model.hidden_size / plan.tp
-    experts = _experts_per_layer(model, plan)
-    dense_layer, moe_layer = model.dense_layer_parameters / plan.tp, model.moe_layer_parameters(0) / plan.tp
-    return StageShape(
-        index=index,
-        dense_layers=dense,
-        moe_layers=moe,
-        has_embedding=has_embedding,
-        has_head=has_head,
-        parameters=root + dense * dense_layer + moe * moe_layer,
-        expert_parameters=moe * experts,
-        layer_parameters=max(dense_layer if dense else 0.0, moe_layer + experts if moe else 0.0),
-        root_parameters=root,
-    )
-
-
-def _experts_per_layer(model: ModelSpec, plan: Plan) -> float:
-    """Return the parameters of the experts of one layer on one rank."""
-    return model.moe.num_experts * model.expert_parameters / (plan.ep * plan.etp) if model.moe else 0.0
 
 
 def stage_memory(
@@ -125,11 +62,6 @@ def _sharded(stage: StageShape, plan: Plan, bytes_per_parameter: float, *, shard
         return (stage.parameters + stage.expert_parameters) * bytes_per_parameter
     shared = stage.parameters / (plan.dp * plan.cp)
     return (shared + stage.expert_parameters / expert_replicas(plan)) * bytes_per_parameter
-
-
-def expert_replicas(plan: Plan) -> float:
-    """Ranks that hold the same experts."""
-    return max(1.0, plan.dp * plan.cp * plan.tp / (plan.ep * plan.etp))
 
 
 def layer_activation_bytes(model: ModelSpec, *, plan: Plan, training: TrainingSpec, moe: bool) -> float:

@@ -17,8 +17,9 @@ from launcher.cluster.spec import ClusterSpec
 from launcher.errors import PlanError
 from launcher.planner.compute import peak_flops
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, MemoryCost, parts
-from launcher.planner.memory import stage_memory, stages_of
+from launcher.planner.memory import stage_memory
 from launcher.planner.space import PlanRequest, Problem, check_problem, legal_plans
+from launcher.planner.stages import stages_of
 from launcher.planner.step_time import step_time
 from strategies.base import Capabilities
 from strategies.model_spec import ModelSpec

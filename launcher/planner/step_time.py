@@ -8,7 +8,8 @@ from launcher.cluster.spec import ClusterSpec
 from launcher.planner.collectives import Group, groups_of
 from launcher.planner.compute import StageSeconds, optimizer_seconds, stage_seconds
 from launcher.planner.cost import MemoryCost, TimeCost
-from launcher.planner.memory import StageShape, element_bytes, expert_replicas
+from launcher.planner.memory import element_bytes
+from launcher.planner.stages import StageShape, expert_replicas
 from strategies.base import StateBytes
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec

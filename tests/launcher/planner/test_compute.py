@@ -9,7 +9,7 @@ import pytest
 
 from launcher.cluster.spec import GpuSpec
 from launcher.planner.compute import optimizer_seconds, peak_flops, stage_seconds
-from launcher.planner.memory import stages_of
+from launcher.planner.stages import stages_of
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 

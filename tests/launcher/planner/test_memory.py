@@ -12,8 +12,8 @@ from launcher.planner.memory import (
     layer_activation_bytes,
     micro_batches_in_flight,
     stage_memory,
-    stages_of,
 )
+from launcher.planner.stages import stages_of
 from strategies.base import StateBytes
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec

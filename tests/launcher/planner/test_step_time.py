@@ -9,7 +9,8 @@ import pytest
 
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.planner.cost import TimeCost, parts
-from launcher.planner.memory import stage_memory, stages_of
+from launcher.planner.memory import stage_memory
+from launcher.planner.stages import stages_of
 from launcher.planner.step_time import step_time
 from strategies.base import StateBytes
 from strategies.model_spec import ModelSpec, MoeSpec
