@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,6 +29,9 @@ class StateBytes:
     it lives while a layer computes, or with `keep_gathered` from a layer's forward to its backward pass.
     With `regathers`, weights are gathered anew for every micro-batch, whatever the stage; `whole_gradients`
     are kept on every rank and reduced once a step, where the stage would shard and reduce them every time.
+    `fresh_gradients` are those of the layer at hand before they are added to the buffer, which stays as it is;
+    `step` is what the optimizer makes for one step and frees again, sharded as its state is; `gradient_copies`
+    are whole on every rank and never sent.
     """
 
     weights: float
@@ -38,6 +41,9 @@ class StateBytes:
     keep_gathered: bool = False
     regathers: bool = False
     whole_gradients: bool = False
+    fresh_gradients: float = 0.0
+    gradient_copies: float = 0.0
+    step: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +52,46 @@ class Execution:
 
     # Norms, activations, rotary embeddings and the loss as one kernel each (Transformer Engine, Liger, torch.compile).
     fused_kernels: bool = False
-    attention: Literal["flash", "flash1", "unfused"] = "flash"  # flash1: the first FlashAttention; unfused: scores stored
-    cuda_graphs: bool = False  # kernels are not launched one by one from the host
+    # flash3: FlashAttention-3, and cuDNN as Transformer Engine uses it; flash: FlashAttention-2; flash1: the first;
+    # the others store the scores, and fused_softmax makes one kernel of scaling, masking and softmax (Megatron-LM
+    # before FlashAttention).
+    attention: Literal["flash3", "flash", "flash1", "fused_softmax", "unfused"] = "flash"
+    # Kernels replayed instead of launched one by one: of parts of each layer, or of the whole step.
+    cuda_graphs: Literal["none", "partial", "full"] = "none"
+    # Each token travels once to every rank that holds one of its experts, not once to every expert (DeepEP).
+    deduplicated_dispatch: bool = False
     overlap_gradients: bool = True  # reduced beside the backward pass
     overlap_parameters: bool = True  # gathered for the next layer beside the one at hand
     overlap_tp: bool = False  # tensor parallel collectives beside the products they feed
+    # Backward only: beside the products for weight gradients (Korthikanti et al. 2022, section 6.2).
+    overlap_tp_backward: bool = False
+    # Products for weight gradients add into the fp32 buffer themselves, where a kernel of its own would read and write
+    # it again (Apex' and Transformer Engine's gradient accumulation fusion).
+    fused_accumulation: bool = False
+    split_messages: bool = (
+        True  # tensor parallel ranks each send a part to the next stage, which gathers it there
+    )
     overlap_pp: bool = False  # messages between stages beside computation
     overlap_ep: bool = False  # tokens to experts of one micro-batch beside the computation of another
+    # Tokens of the rank with the busiest experts, over the mean: 1 is a router that spreads them evenly.
+    expert_imbalance: float = 1.0
     frozen_weights: bool = False  # only small adapters are trained (LoRA, arXiv 2106.09685)
+    dropout: bool = False  # masks are kept for the backward pass (the recipes of GPT-2 and GPT-3)
+    eager_activation: bool = False  # the MLP's activation is several kernels even where norms are one
+    # fp8 and nvfp4: inputs of matrix products are kept in 8 bits (Transformer Engine).
+    quantized_inputs: bool = False
+    # Selective recomputation keeps attention's and every second matrix product's output (PyTorch's per-operator
+    # policy, torchtitan) instead of following plan.recompute_modules.
+    selective_operators: bool = False
+    # Where full recomputation keeps the inputs of layers: on every rank, split over tensor parallel ranks
+    # (Megatron-LM's distribute_saved_activations, DeepSpeed's partition_activations), or in host memory (its
+    # cpu_checkpointing).
+    checkpoints: Literal["whole", "split", "host"] = "whole"
+    offloaded_layers: int = 0  # so many layers of each stage keep their activations in host memory
+    # Bytes of all copies of one logit at the loss' peak. None: in eager PyTorch the logits, an fp32 copy, the
+    # log-probabilities and the gradient; with fused kernels the logits and one fp32 copy. 0: never whole (Liger).
+    bytes_per_logit: float | None = None
+    gathered_logits: bool = False  # the loss sees the whole vocabulary on every tensor parallel rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +108,17 @@ class Capabilities:
     offload_parameters_stages: frozenset[int] = frozenset()
     model_types: frozenset[str] | None = None  # None: every family of Hugging Face
     rank_order: tuple[str, ...] = ("tp", "cp", "dp", "pp")
+    other_rank_orders: tuple[tuple[str, ...], ...] = ()  # which the engine can be told to use instead
+    uneven_pipeline: bool = False  # stages may hold different numbers of layers
+    partial_recompute: bool = False  # plan.recompute=full for some layers of each stage
+    recompute_modules: frozenset[str] = (
+        frozenset()
+    )  # what plan.recompute=selective may name, beside core_attn
+    # The engine pads the vocabulary to a multiple of this times tp; 0: tp has to divide it as it is.
+    vocabulary_multiple: int = 0
+    # Each returns one sentence why a plan is impossible, or None. They may look at switches, and at which degrees
+    # exceed 1, but at no other number: the planner asks once for all sizes.
+    rules: tuple[Callable[[Plan], str | None], ...] = ()
     execution: Execution = field(default_factory=Execution)
     shards_single_rank: bool = True  # do ZeRO stages above 0 exist where there is nothing to shard over?
     reshardable: bool = False  # can load() accept a checkpoint of another plan?
@@ -140,7 +189,34 @@ class Capabilities:
                 f"{plan.strategy} cannot shard plan.zero_stage={plan.zero_stage} over a single data parallel rank; "
                 "use plan.zero_stage=0, or more GPUs"
             )
-        return self._why_not_switches(plan)
+        found = self._why_not_switches(plan) or self._why_not_shape(plan)
+        return found or next((reason for rule in self.rules if (reason := rule(plan))), None)
+
+    def _why_not_shape(self, plan: Plan) -> str | None:
+        if plan.pipeline_split and not self.uneven_pipeline:
+            return f"{plan.strategy} has equal stages only; use plan.pipeline_split=null"
+        if plan.recompute_num_layers and not (self.partial_recompute and plan.recompute == "full"):
+            remedy = "plan.recompute=full" if self.partial_recompute else "plan.recompute_num_layers=null"
+            return (
+                f"{plan.strategy} has no plan.recompute_num_layers={plan.recompute_num_layers} with "
+                f"plan.recompute={plan.recompute}; use {remedy}"
+            )
+        modules = frozenset({"core_attn"}) | self.recompute_modules
+        if not modules.issuperset(plan.recompute_modules):
+            unknown = next(name for name in plan.recompute_modules if name not in modules)
+            return (
+                f"{plan.strategy} cannot recompute {unknown} alone (plan.recompute_modules); "
+                f"use some of {_listed(modules)}"
+            )
+        if plan.rank_order not in (self.rank_order, *self.other_rank_orders):
+            orders = " or ".join(
+                f"[{','.join(order)}]" for order in (self.rank_order, *self.other_rank_orders)
+            )
+            return (
+                f"{plan.strategy} cannot place its ranks as plan.rank_order=[{','.join(plan.rank_order)}]; "
+                f"use {orders}"
+            )
+        return None
 
     def _why_not_switches(self, plan: Plan) -> str | None:
         if plan.sequence_parallel and not self.sequence_parallel:

@@ -89,9 +89,11 @@ class ModelSpec:
             "ffn_hidden_size": self.ffn_hidden_size,
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_position_embeddings,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
         }
         for key, value in sizes.items():
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"model.{key}={value} must be at least 1")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -37,6 +37,22 @@ REFUSED = [
         {"offload_parameters": True, "zero_stage": 1},
         "x cannot combine plan.offload_parameters=true with plan.zero_stage=1; use plan.offload_parameters=false",
     ),
+    (
+        {"pipeline_split": (3,)},
+        "x has equal stages only; use plan.pipeline_split=null",
+    ),
+    (
+        {"recompute_num_layers": 2},
+        "x has no plan.recompute_num_layers=2 with plan.recompute=none; use plan.recompute_num_layers=null",
+    ),
+    (
+        {"recompute_modules": ("mlp",)},
+        "x cannot recompute mlp alone (plan.recompute_modules); use some of core_attn",
+    ),
+    (
+        {"rank_order": ("dp", "tp", "cp", "pp")},
+        "x cannot place its ranks as plan.rank_order=[dp,tp,cp,pp]; use [tp,cp,dp,pp]",
+    ),
 ]
 
 
@@ -84,6 +100,35 @@ def test_setup_refuses_what_why_not_refuses(name: str, changes: dict[str, Any], 
 def test_every_strategy_declares_state_for_its_precisions(name: str) -> None:
     capabilities = strategies.load(name).capabilities
     assert set(capabilities.state_bytes) == capabilities.precisions
+
+
+def test_an_engine_may_have_rules_of_its_own() -> None:
+    ruled = replace(NARROW, rules=(lambda plan: "no" if plan.dp > 1 else None, lambda plan: "never"))
+    assert ruled.why_not(as_plan(dp=2)) == "no"
+    assert ruled.why_not(as_plan()) == "never"
+    assert ruled.why_not(as_plan(tp=2)) == "x does not offer plan.tp=2 here; use plan.tp=1"
+
+
+@pytest.mark.parametrize("name", strategies.engines())
+def test_every_known_engine_can_be_planned(name: str) -> None:
+    capabilities = strategies.capabilities(name)
+    assert set(capabilities.state_bytes) == capabilities.precisions
+    assert "none" in capabilities.recompute
+    assert capabilities.why_not(Plan(strategy=name, dp=2, rank_order=capabilities.rank_order)) is None
+
+
+@pytest.mark.parametrize("name", strategies.PLANNED_ONLY)
+def test_an_engine_without_an_adapter_says_so(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        strategies.load(name)
+    assert str(caught.value) == (
+        f"strategy={name} can be planned, but this version does not train with it yet; "
+        "use strategy=accelerate or deepspeed"
+    )
+
+
+def test_the_fake_strategy_is_never_planned_unasked() -> None:
+    assert strategies.engines() == ["accelerate", "colossalai", "deepspeed", "megatron"]
 
 
 def test_unknown_strategy_gets_a_suggestion() -> None:
