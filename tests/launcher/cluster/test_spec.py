@@ -40,10 +40,20 @@ def test_the_fastest_tier_that_reaches_far_enough() -> None:
     assert short.link_for(64).gb_per_s == 300.0
 
 
+def test_a_link_within_the_node_is_as_small_as_the_node() -> None:
+    link = replace(CLUSTER.links[0], size=8, within_node=True)
+    cluster = replace(CLUSTER, links=(link, CLUSTER.links[1]))
+    assert [cluster.reach_of(link) for link in cluster.links] == [4, None]
+    assert replace(cluster, gpus_per_node=16).reach_of(link) == 8
+    assert replace(cluster, gpus_per_node=16).reach_of(replace(link, size=None)) == 16
+    assert cluster.link_for(5).gb_per_s == 25.0
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_sound(name: str) -> None:
     text = (resources.files("hydra_configs") / "cluster" / name).read_text("utf-8")
-    cluster = decode(ClusterSpec, yaml.safe_load(text), "cluster")
+    values = {key: value for key, value in yaml.safe_load(text).items() if key != "defaults"}  # Hydra's
+    cluster = decode(ClusterSpec, values, "cluster")
     assert cluster.name == name.removesuffix(".yaml")
     assert cluster.num_nodes == 1
     assert 0 < cluster.reserved_gib < cluster.gpu.memory_gib / 10
@@ -52,7 +62,10 @@ def test_every_preset_is_sound(name: str) -> None:
     speeds = [link.gb_per_s for link in cluster.links]
     assert speeds == sorted(speeds, reverse=True)
     assert cluster.links[-1].size is None
-    assert "data sheet" in text.splitlines()[0] + text.splitlines()[1]
+    for link in cluster.links:
+        assert link.name
+    assert cluster.links[0].within_node or cluster.gpus_per_node < (cluster.links[0].size or 0)
+    assert "Source: " in text.splitlines()[0] + text.splitlines()[1]
 
 
 @pytest.mark.parametrize(
@@ -78,3 +91,22 @@ def test_impossible_gpus_are_one_sentence() -> None:
         replace(CLUSTER.gpu, memory_gib=0.0)
     with pytest.raises(ValueError, match=r"cluster\.gpu\.device=tpu is not accepted; use one of cpu, cuda"):
         replace(CLUSTER.gpu, device="tpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"size": 0}, "cluster.links.size=0 must be at least 1, or null for the whole cluster"),
+        ({"gb_per_s": 0.0}, "cluster.links.gb_per_s=0.0 must be above 0"),
+        ({"efficiency": -0.1}, "cluster.links.efficiency=-0.1 must be above 0"),
+        ({"small_latency": 0.0}, "cluster.links.small_latency=0.0 must be above 0"),
+        ({"shared_by": 0.5}, "cluster.links.shared_by=0.5 must be at least 1"),
+        ({"latency_us": -1.0}, "cluster.links.latency_us=-1.0 must not be negative"),
+        ({"start_us": -1.0}, "cluster.links.start_us=-1.0 must not be negative"),
+        ({"switch_reduction": 0.0}, "cluster.links.switch_reduction=0.0 must be above 0, or null"),
+    ],
+)
+def test_impossible_links_are_one_sentence(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError) as error:
+        replace(CLUSTER.links[0], **changes)
+    assert str(error.value) == sentence
