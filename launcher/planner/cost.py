@@ -18,12 +18,19 @@ class MemoryCost:
     optimizer: float
     activations: float
     logits: float  # the loss' workspace over the vocabulary
-    buffers: float  # gathered weights, gradients on their way, pipeline messages
+    buffers: float  # gathered weights, gradients on their way, communication buckets, pipeline messages
+    slack: float = 0.0  # held by the allocator, and too small or too scattered for what was asked
 
     @property
     def total(self) -> float:
         """Bytes of all parts."""
-        return sum(parts(self).values())
+        return self.allocated + self.slack
+
+    @property
+    def allocated(self) -> float:
+        """Bytes in use: what PyTorch reports as its largest allocation."""
+        states = self.weights + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.buffers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan
@@ -44,14 +45,21 @@ def stages_of(model: ModelSpec, plan: Plan) -> tuple[StageShape, ...]:
 
 def stage_layers(model: ModelSpec, plan: Plan) -> list[tuple[int, int]]:
     """Return (dense, mixture) layers of every stage; chunk c of stage s is the (c * pp + s)-th of the model."""
-    num_dense = model.num_layers - model.num_moe_layers
-    chunks = plan.pipeline_split or even_split(model.num_layers, plan.pp * plan.vp)
-    found = [[0, 0] for _ in range(plan.pp)]
+    chunks = plan.pipeline_split or (model.num_layers, plan.pp * plan.vp)
+    return _dealt(
+        chunks, even=not plan.pipeline_split, pp=plan.pp, num_dense=model.num_layers - model.num_moe_layers
+    )
+
+
+@lru_cache(maxsize=4096)
+def _dealt(chunks: tuple[int, ...], *, even: bool, pp: int, num_dense: int) -> list[tuple[int, int]]:
+    """Deal chunks out to `pp` stages in turn; the first `num_dense` layers have no experts."""
+    found = [[0, 0] for _ in range(pp)]
     first = 0
-    for position, layers in enumerate(chunks):
+    for position, layers in enumerate(even_split(*chunks) if even else chunks):
         dense = min(layers, max(0, num_dense - first))
-        found[position % plan.pp][0] += dense
-        found[position % plan.pp][1] += layers - dense
+        found[position % pp][0] += dense
+        found[position % pp][1] += layers - dense
         first += layers
     return [(dense, moe) for dense, moe in found]
 

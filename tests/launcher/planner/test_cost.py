@@ -35,7 +35,15 @@ COST = CostBreakdown(
 
 def test_totals_are_sums_of_all_parts() -> None:
     assert MEMORY.total == 21
-    assert list(parts(MEMORY)) == ["weights", "gradients", "optimizer", "activations", "logits", "buffers"]
+    assert list(parts(MEMORY)) == [
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "buffers",
+        "slack",
+    ]
     assert TIME.total == pytest.approx(2.0)
 
 
