@@ -14,17 +14,21 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import strategies
+from launcher import calibrate
 from launcher.cluster import detect
 from launcher.cluster.spec import ClusterSpec
 from launcher.config import Job
@@ -36,8 +40,12 @@ from strategies.hf_config import from_hf_config
 from strategies.model_spec import ModelSpec
 from strategies.names import suggest
 
-# Groups of keys that no YAML lists: what is passed through, and where a model may come from.
-OPEN_KEYS = re.compile(r"^(strategy\.engine\.|model\.(hf_config|weights)=)")
+# Groups of keys that no YAML lists: what is passed through, where a model may come from, what a run costs.
+OPEN_KEYS = re.compile(
+    r"^(strategy\.engine\.|model\.(hf_config|weights)=|cluster\.(price_per_gpu_hour|mttf_hours_per_gpu|storage_gb_per_s)=)"
+)
+OUR_FLAGS = ("--json", "--why", "--sensitivity")  # the last two of `plan` only
+_CLUSTER_FILE = "from_file"  # an option of the group `cluster` that no packaged file has
 
 
 def jobs(arguments: Sequence[str]) -> list[Job]:
@@ -86,7 +94,7 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
         (word for word in arguments if word.startswith("-") and word.split("=")[0] not in flags), None
     )
     if unknown is not None:
-        raise ConfigError(f"'{unknown}' is not a flag; {suggest(unknown, [*flags, '--json'])}")
+        raise ConfigError(f"'{unknown}' is not a flag; {suggest(unknown, [*flags, *OUR_FLAGS])}")
     try:
         parser.exit_on_error = False
         overrides = parser.parse_intermixed_args(arguments).overrides
@@ -95,7 +103,29 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     rest = list(arguments)
     for override in overrides:
         rest.remove(override)
-    return [*rest, *map(_open, overrides)]
+    return [*rest, *map(_open, map(_with_cluster_file, overrides))]
+
+
+def _with_cluster_file(override: str) -> str:
+    """Give a YAML file named by cluster=FILE.yaml, such as `probe` writes, to Hydra as one more option."""
+    key, _, value = override.partition("=")
+    if key != "cluster" or not value.endswith((".yaml", ".yml")):
+        return override
+    path = Path(value.strip("'\"")).expanduser()
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{override} does not exist; `meshwright probe out={path}` writes it") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{override} cannot be read as YAML; give a file that `meshwright probe` wrote"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{override} must hold the keys of a cluster; give a file that `meshwright probe` wrote"
+        )
+    ConfigStore.instance().store(group="cluster", name=_CLUSTER_FILE, node=content)
+    return f"cluster={_CLUSTER_FILE}"
 
 
 def complete_shell(arguments: Sequence[str], verbs: Sequence[str]) -> None:
@@ -123,10 +153,13 @@ def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
         _refuse_shape_keys(overrides)
     spec = decode(ModelSpec, model, "model") if hf_config is None else _read_hf_config(hf_config)
     cluster = _cluster(_section(plain, "cluster"))
+    plan = _section(plain, "plan")
+    calibration = plan.pop("calibration", None)
     job = decode(
         Job,
         {
             **plain,
+            "plan": plan,
             "model": encode(spec),
             "cluster": encode(cluster),
             "training": complete_training(_section(plain, "training"), model=spec, cluster=cluster),
@@ -135,6 +168,8 @@ def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
         },
     )
     _check_strategy(job)
+    if calibration is not None:
+        job = replace(job, calibration=calibrate.read(Path(str(calibration)).expanduser(), job))
     return job
 
 
@@ -144,6 +179,22 @@ def available_strategies() -> list[str]:
     return installed or list(strategies.ENGINE_PACKAGES)
 
 
+def strategies_of(job: Job) -> list[str]:
+    """Engines to plan for: the one named, those that can train here (auto), or every known one (any)."""
+    if job.strategy.name == "any":
+        return strategies.engines()
+    return available_strategies() if job.strategy.name == "auto" else [job.strategy.name]
+
+
+def check_trainable(strategy: str) -> None:
+    """Raise ConfigError for an engine that can only be planned."""
+    if strategy in strategies.PLANNED_ONLY:
+        try:
+            strategies.load(strategy)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
 def missing_package(strategy: str) -> str | None:
     """The package that `strategy` needs and that is not installed, or None."""
     package = strategies.ENGINE_PACKAGES.get(strategy)
@@ -151,15 +202,14 @@ def missing_package(strategy: str) -> str | None:
 
 
 def _check_strategy(job: Job) -> None:
-    if job.strategy.name == "auto":
+    if job.strategy.name in ("auto", "any"):
         if job.strategy.engine:
             raise ConfigError(
                 f"strategy.engine={dict(job.strategy.engine)} needs one engine; name it with strategy=NAME"
             )
         return
     try:
-        adapter = strategies.load(job.strategy.name)
-        engine_options.check(job.strategy.engine, adapter.capabilities)
+        engine_options.check(job.strategy.engine, strategies.capabilities(job.strategy.name))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

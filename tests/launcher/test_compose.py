@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+import strategies
 from launcher import compose
 from launcher.config import Job
 from launcher.errors import ConfigError
@@ -25,7 +26,18 @@ def options(repository: Path, group: str) -> list[str]:
     return sorted(path.stem for path in (repository / "hydra_configs" / group).glob("*.yaml"))
 
 
-GROUPS = ("model", "cluster", "training", "plan", "strategy", "submit", "monitor", "experiment", "data")
+GROUPS = (
+    "model",
+    "cluster",
+    "training",
+    "plan",
+    "strategy",
+    "submit",
+    "monitor",
+    "experiment",
+    "data",
+    "goal",
+)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -33,12 +45,14 @@ def test_every_shipped_option_composes_and_decodes(repository: Path, tmp_path: P
     assert options(repository, group)
     for option in options(repository, group):
         extra = (f"data.paths=[{tmp_path}]",) if group == "data" and option != "stdlib" else ()
+        extra += ("goal.max_step_s=1",) if option == "fewest_gpus" else ()
         assert isinstance(job_of(f"{group}={option}", *extra), Job)
 
 
 def test_every_group_of_the_configuration_is_listed(repository: Path) -> None:
     folders = {path.name for path in (repository / "hydra_configs").iterdir() if path.is_dir()}
-    assert folders - {"hydra", "__pycache__"} == set(GROUPS)
+    # Efficiencies belong to the device of a cluster, which names its own.
+    assert folders - {"hydra", "efficiency", "__pycache__"} == set(GROUPS)
 
 
 def test_yaml_stays_small(repository: Path) -> None:
@@ -101,3 +115,39 @@ def test_the_frozen_configuration_decodes_to_the_same_job(call: Callable[..., An
     assert frozen["training"]["num_steps"] == 1
     assert frozen["training"]["learning_rate"] is not None
     assert frozen["cluster"]["gpus_per_node"] == 1
+
+
+def test_any_strategy_is_every_known_engine() -> None:
+    job = job_of("strategy=any")
+    assert compose.strategies_of(job) == strategies.engines()
+    assert "megatron" in compose.strategies_of(job)
+    assert not set(compose.strategies_of(job_of("strategy=auto"))) & set(strategies.PLANNED_ONLY)
+    assert compose.strategies_of(job_of("strategy=megatron")) == ["megatron"]
+    with pytest.raises(ConfigError, match="needs one engine; name it with strategy=NAME"):
+        job_of("strategy=any", "strategy.engine.sync_each_batch=true")
+
+
+def test_only_engines_with_an_adapter_are_trainable() -> None:
+    for name in ("accelerate", "deepspeed", "fake", "any", "auto"):
+        compose.check_trainable(name)
+    with pytest.raises(
+        ConfigError, match="strategy=megatron can be planned, but this version does not train"
+    ):
+        compose.check_trainable("megatron")
+
+
+def test_goals_and_what_they_cost() -> None:
+    job = job_of(
+        "goal=fewest_gpus",
+        "goal.max_step_s=5",
+        "cluster.price_per_gpu_hour=2.5",
+        "cluster.mttf_hours_per_gpu=51000",
+        "cluster.storage_gb_per_s=100",
+    )
+    assert (job.goal.name, job.goal.max_step_s) == ("fewest_gpus", 5.0)
+    assert job.cluster.price_per_gpu_hour == 2.5
+    assert job_of().goal.name == "fastest"
+    with pytest.raises(ConfigError, match=r"goal=fewest_gpus needs something to reach"):
+        job_of("goal=fewest_gpus")
+    with pytest.raises(ConfigError, match=r"cluster\.price_per_gpu_hour=0\.0 must be above 0, or null"):
+        job_of("cluster.price_per_gpu_hour=0")

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+import strategies
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.errors import PlanError
 from launcher.planner.space import PlanRequest, Problem, check_problem, divisors, legal_plans, listed
-from strategies.base import Capabilities, StateBytes
+from strategies.base import Capabilities, Execution, StateBytes
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -22,7 +23,7 @@ MODEL = ModelSpec(
     num_attention_heads=32,
     num_kv_heads=8,
     ffn_hidden_size=1024,
-    vocab_size=1000,
+    vocab_size=1024,
     max_position_embeddings=16384,
 )
 GPU = GpuSpec(name="G", memory_gib=80.0, memory_gb_per_s=2000.0, peak_tflops={"bf16": 300.0, "fp32": 20.0})
@@ -227,3 +228,87 @@ def test_an_engine_that_cannot_shard_over_one_rank_refuses_a_pinned_stage() -> N
     assert sentence == (
         "s cannot shard plan.zero_stage=2 over a single data parallel rank; use plan.zero_stage=0, or more GPUs"
     )
+
+
+WIDE = replace(
+    CAPABILITIES,
+    recompute=frozenset({"none", "selective", "full"}),
+    uneven_pipeline=True,
+    partial_recompute=True,
+    recompute_modules=frozenset({"mlp", "moe", "layernorm", "moe_act", "mla_up_proj"}),
+    other_rank_orders=(("tp", "cp", "pp", "dp"),),
+    vocabulary_multiple=128,
+)
+MIXTURE = replace(MODEL, moe=MoeSpec(num_experts=8, top_k=2, expert_ffn_hidden_size=64))
+
+
+def test_part_of_the_layers_may_be_recomputed() -> None:
+    found = {plan.recompute_num_layers for plan in plans(capabilities=WIDE, pp=2, vp=1, recompute="full")}
+    assert found == {0, 1, 2, 3, 4, 5}  # of six layers, one stage of two
+    for plan in plans(capabilities=WIDE, pp=2, vp=3):
+        assert plan.recompute_num_layers % 3 == 0  # as many in each chunk
+    assert {plan.recompute_num_layers for plan in plans(pp=2)} == {0}
+    pinned = plans(capabilities=WIDE, pp=2, recompute_num_layers=5)
+    assert {(plan.recompute, plan.recompute_num_layers) for plan in pinned} == {("full", 5)}
+
+
+def test_selective_recomputation_is_tried_where_it_can_help() -> None:
+    def modules(**arguments: Any) -> set[tuple[str, ...]]:
+        return {plan.recompute_modules for plan in plans(**arguments) if plan.recompute == "selective"}
+
+    assert modules(capabilities=WIDE) == set()  # fused attention stores no scores
+    unfused = replace(WIDE, execution=Execution(attention="unfused"))
+    assert modules(capabilities=unfused) == {()}
+    assert modules(capabilities=WIDE, model=MIXTURE) == {("layernorm", "moe_act")}
+    assert modules(capabilities=WIDE, recompute="selective") == {()}
+    assert modules(capabilities=WIDE, recompute_modules=("mlp",)) == {("mlp",)}
+
+
+def test_another_rank_order_is_tried_where_stages_would_share_fast_links() -> None:
+    swapped = [plan for plan in plans(capabilities=WIDE) if plan.rank_order[2] == "pp"]
+    assert swapped
+    assert all(plan.pp > 1 and plan.dp > 1 and plan.tp * plan.cp < 8 for plan in swapped)
+    pinned = plans(capabilities=WIDE, rank_order=("tp", "cp", "pp", "dp"))
+    assert {plan.rank_order for plan in pinned} == {("tp", "cp", "pp", "dp")}
+
+
+def test_micro_batches_are_powers_of_two_and_what_is_left_beyond() -> None:
+    short = replace(TRAINING, sequence_length=1024, global_batch_size=16 * 240)
+    found = {plan.micro_batch_size for plan in plans(capabilities=DATA_PARALLEL, training=short)}
+    assert found == {1, 2, 4, 8, 16, 48}
+    long = replace(short, sequence_length=16384)
+    most = max(plan.micro_batch_size for plan in plans(capabilities=DATA_PARALLEL, training=long))
+    assert most == 8  # 131,072 tokens
+    assert plans(capabilities=DATA_PARALLEL, training=long, micro_batch_size=60)
+
+
+def test_a_split_that_no_world_can_have_is_named() -> None:
+    assert refused(capabilities=WIDE, pipeline_split=(6, 4, 2)).startswith(
+        "plan.pipeline_split=[6,4,2] does not match the stages that 16 ranks can have"
+    )
+    assert refused(pipeline_split=(7, 5)) == "s has equal stages only; use plan.pipeline_split=null"
+
+
+def test_every_plan_of_a_wide_space_is_allowed_and_whole() -> None:
+    """The space asks the engine once for all sizes; every single plan must get the same answer."""
+    for model in (MODEL, MIXTURE):
+        found = plans(capabilities=WIDE, model=model)
+        assert len(found) == len({repr(plan) for plan in found})
+        for plan in found:
+            assert WIDE.why_not(plan) is None
+            assert plan.world_size == 16
+            assert plan.global_batch_size == 64
+            assert sum(plan.pipeline_split) in (0, model.num_layers)
+
+
+@pytest.mark.parametrize("name", strategies.engines())
+@pytest.mark.parametrize("model", [MODEL, MIXTURE], ids=["dense", "mixture"])
+def test_the_spaces_of_all_engines_are_allowed_plan_by_plan(name: str, model: ModelSpec) -> None:
+    capabilities = strategies.capabilities(name)
+    model = replace(model, model_type="qwen3_moe" if model.moe else "llama")
+    if name == "colossalai" and model.moe:
+        assert "does not know model.model_type=qwen3_moe" in refused(model=model, capabilities=capabilities)
+        return
+    found = plans(model=model, capabilities=capabilities)
+    assert found
+    assert [reason for plan in found if (reason := capabilities.why_not(plan))] == []
