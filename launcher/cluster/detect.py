@@ -89,7 +89,7 @@ def probe() -> Machine:
         gpus = _query_nvidia_smi()
     return Machine(
         gpus=tuple(select_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))),
-        num_cores=_count_cores(),
+        num_cores=count_cores(),
         memory_gib=_free_memory_bytes() / GIB,
     )
 
@@ -148,6 +148,7 @@ def _describe_cpu(machine: Machine, wanted: int | None) -> dict[str, Any]:
             "memory_gb_per_s": 10.0,
             "peak_tflops": {"fp32": tflops},
             "peak_is_nominal": True,
+            "efficiency": _packaged("efficiency", "cpu"),
         },
         "links": [{"size": None, "gb_per_s": 2.0, "latency_us": 100.0}],
         "host_memory_gib": round(machine.memory_gib, 2),
@@ -158,10 +159,20 @@ def _describe_cpu(machine: Machine, wanted: int | None) -> dict[str, Any]:
 def _preset_for(name: str) -> dict[str, Any] | None:
     for pattern, preset in _PRESETS:
         if pattern.search(name):
-            text = (resources.files("hydra_configs") / "cluster" / f"{preset}.yaml").read_text("utf-8")
-            loaded: dict[str, Any] = yaml.safe_load(text)
+            loaded = _packaged("cluster", preset)
+            # What Hydra would make of the preset's only default: the efficiency of its kind of GPU.
+            kinds = [
+                default["/efficiency@gpu.efficiency"] for default in loaded["defaults"] if default != "_self_"
+            ]
+            loaded["gpu"]["efficiency"] = _packaged("efficiency", kinds[0])
             return loaded
     return None
+
+
+def _packaged(group: str, name: str) -> dict[str, Any]:
+    text = (resources.files("hydra_configs") / group / f"{name}.yaml").read_text("utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
 
 
 def _unknown_gpu(gpu: DetectedGpu) -> dict[str, Any]:
@@ -237,7 +248,8 @@ def parse_nvidia_smi(text: str) -> list[DetectedGpu]:
     return gpus
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
+    """Return the cores this process may use."""
     # Not os.cpu_count(): a container or a Slurm job often owns a few cores of many.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -17,7 +17,8 @@ import yaml
 from launcher.cluster import detect
 from launcher.cluster.detect import DetectedGpu, Machine, complete, parse_nvidia_smi, select_visible
 from launcher.cluster.spec import ClusterSpec
-from launcher.decode import decode
+from launcher.compose import jobs
+from launcher.decode import decode, encode
 from launcher.errors import ClusterError
 
 LOCAL: dict[str, Any] = yaml.safe_load(
@@ -39,8 +40,8 @@ def spec(machine: Machine, **given: Any) -> ClusterSpec:
 
 
 def preset(name: str) -> ClusterSpec:
-    text = (resources.files("hydra_configs") / "cluster" / f"{name}.yaml").read_text("utf-8")
-    return decode(ClusterSpec, yaml.safe_load(text), "cluster")
+    """A packaged option as Hydra composes it."""
+    return jobs([f"cluster={name}"])[0].cluster
 
 
 def test_without_a_gpu_two_processes_share_the_machine() -> None:
@@ -114,8 +115,7 @@ def test_a_cpu_may_be_asked_for_beside_gpus() -> None:
 
 def test_a_complete_section_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "probe", lambda: pytest.fail("nothing was null"))
-    text = (resources.files("hydra_configs") / "cluster" / "h100_sxm.yaml").read_text("utf-8")
-    assert detect.detect(yaml.safe_load(text)) == preset("h100_sxm")
+    assert detect.detect(encode(preset("h100_sxm"))) == preset("h100_sxm")
 
 
 def test_more_gpus_than_there_are_is_one_sentence() -> None:
@@ -219,3 +219,15 @@ def test_this_machine_is_found_without_a_framework() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_known_gpu_brings_the_efficiency_of_its_kind() -> None:
+    found = spec(gpu_machine("NVIDIA A100-SXM4-80GB")).gpu.efficiency
+    packaged = (resources.files("hydra_configs") / "efficiency" / "a100.yaml").read_text("utf-8")
+    assert found.matmul == yaml.safe_load(packaged)["matmul"]
+
+
+def test_processors_share_one_efficiency_and_may_be_told_another() -> None:
+    assert spec(CPU).gpu.efficiency.source == "meshwright probe"
+    given = spec(CPU, gpu={**LOCAL["gpu"], "efficiency": {"kernel_us": 77.0}})
+    assert given.gpu.efficiency.kernel_us == 77.0
