@@ -17,7 +17,18 @@ from typing import Any, NoReturn, TextIO
 import psutil
 
 import launcher.planner.explain as explain
-from launcher import __version__, checks, compose, planner, provenance, run_dir, show, supervise
+from launcher import (
+    __version__,
+    checks,
+    compose,
+    plan_command,
+    planner,
+    probe,
+    provenance,
+    run_dir,
+    show,
+    supervise,
+)
 from launcher.cluster import detect
 from launcher.config import Job
 from launcher.data.tokens import prepare
@@ -30,6 +41,7 @@ from launcher.errors import (
     LauncherError,
     RunDirError,
 )
+from launcher.report.page import page
 from launcher.run_dir import RunDir
 from strategies import ENGINE_PACKAGES
 from strategies.names import suggest
@@ -38,10 +50,13 @@ from strategies.spec import Plan
 USAGE = """\
 meshwright VERB [key=value ...] [--json]
 
-  plan              compute a parallelism plan, explain it, and stop
+  plan              compute a parallelism plan, explain it, and stop; report=plan.html writes it as a page,
+                    --why tp=4,pp=2 says why another plan is not the choice, --sensitivity which hardware
+                    would change it
   train             plan, freeze a run directory, and train here
   resume RUN_DIR    go on from the newest good checkpoint
   show RUN_DIR      plan, state, metrics, predicted against measured
+  probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
 `meshwright plan --help` lists all groups and keys. Hydra's flags work after plan and train:
@@ -136,7 +151,9 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
-    if verb in ("--help", "-h", "help") or (verb in ("resume", "show") and rest in (["--help"], ["-h"])):
+    if verb in ("--help", "-h", "help") or (
+        verb in ("resume", "show", "probe") and rest in (["--help"], ["-h"])
+    ):
         _print(USAGE, sys.stdout)
         return FINISHED
     if verb == "--version":
@@ -154,10 +171,12 @@ def _dispatch(words: Sequence[str], output: Output) -> int:
 
 
 def _plan(arguments: list[str], output: Output) -> int:
-    for job in _compose(arguments, output):
-        ranking = rank(job)
-        ranking.choose()  # raises when nothing fits
-        output.result({**explain.to_json(ranking), "notes": _notes(job)}, explain.table(ranking))
+    questions, words = plan_command.take(arguments)
+    jobs = _compose(words, output)
+    plan_command.check_reports(jobs)
+    for job in jobs:
+        data, text = plan_command.tell(job, rank(job), questions)
+        output.result({**data, "notes": _notes(job)}, text)
         for note in _notes(job):
             output.say(note)
     return FINISHED
@@ -170,6 +189,7 @@ def _compose(arguments: list[str], output: Output) -> list[Job]:
 
 
 def _train(arguments: list[str], output: Output) -> int:
+    plan_command.refuse("train", arguments)
     if _under_torchrun() and os.environ["RANK"] != "0" and not _only_asks(arguments):
         _become_worker(["--from-rank0"])
     for job in _compose(arguments, output):
@@ -194,16 +214,25 @@ def _train_one(job: Job, output: Output) -> int:
 
 def rank(job: Job) -> planner.Ranking:
     """Plan a job: every candidate of the engines it may use."""
-    names = compose.available_strategies() if job.strategy.name == "auto" else [job.strategy.name]
-    return planner.rank(
-        job.model, job.cluster, job.training, job.plan, strategies=names, engine=job.strategy.engine
+    problem = planner.Problem(
+        model=job.model,
+        cluster=job.cluster,
+        training=job.training,
+        request=job.plan,
+        strategies=tuple(sorted(compose.strategies_of(job))),
+        engine=job.strategy.engine,
+        calibration=job.calibration,
     )
+    return planner.achieve(job.goal, problem)
 
 
 def freeze(job: Job, output: Output) -> RunDir:
     """Plan, prepare the data, and write the run directory; under a restarted torchrun find it again."""
+    compose.check_trainable(job.strategy.name)
     ranking = rank(job)
     chosen = ranking.choose()
+    compose.check_trainable(chosen.plan.strategy)
+    _check_goal(job, ranking)
     package = compose.missing_package(chosen.plan.strategy)
     if package is not None:
         raise EngineError(
@@ -218,6 +247,8 @@ def freeze(job: Job, output: Output) -> RunDir:
         return _same_run(run_dir.open_run(path), job)
     run_dir.check_free(path)
     output.say(explain.table(ranking))
+    if job.report is not None:
+        output.say(f"report {plan_command.write_report(job.report, page(ranking))}")
     dataset = prepare(
         job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
     )
@@ -225,6 +256,16 @@ def freeze(job: Job, output: Output) -> RunDir:
     run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
     output.say(f"run directory {run.path}")
     return run
+
+
+def _check_goal(job: Job, ranking: planner.Ranking) -> None:
+    """Raise where a goal was reached on another cluster or with another training section than the job's."""
+    planned = ranking.problem
+    if (planned.cluster, planned.training) != (job.cluster, job.training):
+        raise ConfigError(
+            f"goal={job.goal.name} plans other hardware or sequences than the run would have; "
+            "see what `meshwright plan` answers, set that, and train with goal=fastest"
+        )
 
 
 def _check_host(job: Job, plan: Plan) -> None:
@@ -266,8 +307,7 @@ def _same_run(run: RunDir, job: Job) -> RunDir:
 
 def _notes(job: Job) -> list[str]:
     gpu = job.cluster.gpu
-    names = compose.available_strategies() if job.strategy.name == "auto" else [job.strategy.name]
-    absent = [name for name in names if compose.missing_package(name)]
+    absent = [name for name in compose.strategies_of(job) if compose.missing_package(name)]
     notes = [f"{name}: not installed here; pip install 'meshwright[{name}]'" for name in absent]
     if job.training.precision == "fp32" and gpu.device == "cuda" and "bf16" not in gpu.peak_tflops:
         notes.append(f"training.precision=fp32: {gpu.name} has no bf16, and fp16 is not offered yet")
@@ -320,6 +360,13 @@ def _report(run: RunDir, output: Output) -> int:
     return FINISHED
 
 
+def _probe(arguments: list[str], output: Output) -> int:
+    probed = probe.run(arguments)
+    if probed is not None:
+        output.result(probe.to_json(probed), probe.to_text(probed))
+    return FINISHED
+
+
 # ---- torchrun -----------------------------------------------------------------------------------------------------
 
 
@@ -343,4 +390,5 @@ VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "train": _train,
     "resume": _resume,
     "show": _show,
+    "probe": _probe,
 }

@@ -10,7 +10,9 @@ from launcher.checkpoint import CheckpointPolicy
 from launcher.cluster.spec import ClusterSpec
 from launcher.data.config import DataConfig
 from launcher.monitor.config import MonitorConfig
-from launcher.planner.search import PlanRequest
+from launcher.planner.calibration import Calibration
+from launcher.planner.goals import Goal
+from launcher.planner.problem import PlanRequest
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 
@@ -62,8 +64,11 @@ class Job:
     checkpoint: CheckpointPolicy
     evaluation: EvaluationConfig
     checks: ChecksConfig
+    goal: Goal = field(default_factory=Goal)
     weights: str | None = None  # folder of Hugging Face weights to start from; null: a seeded random start
     hf_config: str | None = None  # the Hugging Face config.json the model came from
+    calibration: Calibration | None = None  # from plan.calibration=RUN_DIR: factors of a finished run
+    report: str | None = None  # file for the plan as one HTML page; null: none
     run_dir: str | None = None  # null: runs/<time>-<model>-<strategy>
     stop_at_step: int | None = None  # leave with a checkpoint after this step, as a stop file would
 

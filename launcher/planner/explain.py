@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import strategies as adapters
 from launcher.decode import encode
+from launcher.planner import run_words
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, parts
-from launcher.planner.search import Ranking, usable_bytes
+from launcher.planner.estimate import usable_bytes
+from launcher.planner.order import TIE
+from launcher.planner.search import Ranking
+from launcher.planner.tables import (
+    columns_of,
+    count_text,
+    describe,
+    gib_text,
+    grid,
+    percent_text,
+    seconds_text,
+)
 from strategies.spec import Plan
 
 NUM_RUNNERS_UP = 5
 
 LEFT_OUT = (
-    "The estimate leaves out: memory fragmentation beyond the reserve, the optimizer's temporary buffers, "
-    "data loading, checkpoints, and slow or failing hardware."
-)
-
-_PLAN_COLUMNS = (
-    ("strategy", "strategy"),
-    ("zero", "zero_stage"),
-    ("dp", "dp"),
-    ("tp", "tp"),
-    ("pp", "pp"),
-    ("vp", "vp"),
-    ("cp", "cp"),
-    ("ep", "ep"),
-    ("mbs", "micro_batch_size"),
-    ("num_mb", "num_microbatches"),
-    ("recompute", "recompute"),
+    "memory fragmentation beyond the slack",
+    "routers that favour some experts",
+    "data loading",
+    "checkpoints",
+    "slow or failing hardware",
 )
 
 
 def table(ranking: Ranking) -> str:
     """Write what was asked, what was chosen and why, and what was not; raise PlanError when nothing fits."""
     best = ranking.choose()
-    assert best.cost is not None, "a chosen plan was costed"
+    shown = ranking.candidates[: 1 + NUM_RUNNERS_UP]
     sections = [
-        _header(ranking),
-        f"chosen    {_describe(best.plan)}",
-        _cost(best.cost, ranking),
-        _candidates(ranking.candidates[: 1 + NUM_RUNNERS_UP], total=len(ranking.candidates)),
+        "\n".join(header(ranking)),
+        "\n".join([f"chosen    {describe(best.plan)}", headroom(ranking), *searched(ranking)]),
+        _candidates(ranking, shown),
+        by_part(shown),
+        "\n  ".join(["the whole run:", *run_words.run_words(ranking)]),
         _rejected(ranking),
-        _unpriced(best.plan),
-        LEFT_OUT,
+        "\n".join(unpriced(best.plan)),
+        left_out(),
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -62,19 +64,29 @@ def to_json(ranking: Ranking) -> dict[str, Any]:
             "training": encode(problem.training),
             "request": encode(problem.request),
             "strategies": list(problem.strategies),
+            "calibration": encode(problem.calibration),
         },
-        "predictions": _predictions(best, ranking),
-        "runners_up": [{"plan": encode(c.plan), "predictions": _predictions(c, ranking)} for c in runners_up],
+        "predictions": predictions(best, ranking),
+        "runners_up": [{"plan": encode(c.plan), "predictions": predictions(c, ranking)} for c in runners_up],
         "num_candidates": len(ranking.candidates),
+        "search": {
+            "num_considered": ranking.num_considered,
+            "num_costed": ranking.num_costed,
+            "num_slow": ranking.num_slow,
+            "limit_s": ranking.limit_s,
+        },
+        "budget": run_words.to_json(ranking),
         "rejected": [
             {"reason": rejection.reason, "count": rejection.count} for rejection in ranking.rejected
         ],
+        "unpriced": unpriced(best.plan),
+        "left_out": list(LEFT_OUT),
     }
 
 
-def _predictions(candidate: Candidate, ranking: Ranking) -> dict[str, Any]:
-    cost, cluster = candidate.cost, ranking.problem.cluster
-    assert cost is not None, "a feasible candidate was costed"
+def predictions(candidate: Candidate, ranking: Ranking) -> dict[str, Any]:
+    """Return the predicted cost of one candidate, by part, as plan.json holds it."""
+    cost, cluster = cost_of(candidate), ranking.problem.cluster
     # On a CPU the figure to compare with is the whole process, the interpreter and libraries included.
     process_bytes = cluster.reserved_gib * GIB if cluster.gpu.device == "cpu" else 0.0
     return {
@@ -82,6 +94,7 @@ def _predictions(candidate: Candidate, ranking: Ranking) -> dict[str, Any]:
         "memory_bytes_by_part": {name: round(value) for name, value in parts(cost.memory).items()},
         "memory_stage": cost.stage,
         "usable_bytes": round(usable_bytes(cluster)),
+        "headroom_bytes": round(usable_bytes(cluster) - cost.memory.total),
         "host_bytes": round(cost.host_bytes),
         "step_s": cost.step_s,
         "step_s_by_part": parts(cost.time),
@@ -92,12 +105,13 @@ def _predictions(candidate: Candidate, ranking: Ranking) -> dict[str, Any]:
     }
 
 
-def _header(ranking: Ranking) -> str:
+def header(ranking: Ranking) -> list[str]:
+    """Return what was asked: model, cluster, training, one line each."""
     problem = ranking.problem
     model, cluster, training = problem.model, problem.cluster, problem.training
-    active = f", {_billions(model.num_active_parameters)} active" if model.moe else ""
+    active = f", {count_text(model.num_active_parameters)} active" if model.moe else ""
     unit = "processes" if cluster.gpu.device == "cpu" else "GPUs"
-    size = f"{model.num_layers} layers, {_billions(model.num_parameters)} parameters{active}"
+    size = f"{model.num_layers} layers, {count_text(model.num_parameters)} parameters{active}"
     lines = [
         f"model     {model.name}: {model.model_type}, {size}",
         f"cluster   {cluster.name}: {cluster.num_nodes} x {cluster.gpus_per_node} {unit} ({cluster.gpu.name}), "
@@ -109,73 +123,109 @@ def _header(ranking: Ranking) -> str:
         lines.append(
             "          the peak of this device is a guess: times only rank plans, and no MFU is given"
         )
-    return "\n".join(lines)
+    if problem.calibration is not None:
+        lines.append(f"          {problem.calibration.sentence}")
+    return lines
 
 
-def _describe(plan: Plan) -> str:
-    words = [plan.strategy, f"dp={plan.dp}"]
-    words += [
-        f"{key}={getattr(plan, key)}"
-        for key in ("tp", "pp", "vp", "cp", "ep", "etp")
-        if getattr(plan, key) > 1
-    ]
-    words += [f"zero_stage={plan.zero_stage}", f"micro_batch_size={plan.micro_batch_size}"]
-    words += [f"num_microbatches={plan.num_microbatches}", f"recompute={plan.recompute}"]
-    words += [
-        key for key in ("sequence_parallel", "offload_optimizer", "offload_parameters") if getattr(plan, key)
-    ]
-    return " ".join(words)
-
-
-def _cost(cost: CostBreakdown, ranking: Ranking) -> str:
-    """Put memory and step time by part side by side."""
-    where = f" (stage {cost.stage})" if any(c.plan.pp > 1 for c in ranking.candidates[:1]) else ""
-    memory = [(name, f"{value / GIB:.2f}") for name, value in parts(cost.memory).items()]
-    memory += [("total", f"{cost.memory.total / GIB:.2f}")]
-    if cost.host_bytes:
-        memory += [("on the host", f"{cost.host_bytes / GIB:.2f}")]
-    seconds = [(name, _seconds(value)) for name, value in parts(cost.time).items() if value]
-    seconds += [("total", _seconds(cost.step_s))]
-    length = max(len(memory), len(seconds))
-    blank = [("", "")]
-    rows = [
-        (*left, "", *right)
-        for left, right in zip(
-            memory + blank * (length - len(memory)), seconds + blank * (length - len(seconds)), strict=True
-        )
-    ]
-    return _grid([(f"memory{where}", "GiB", "", "step", "s"), *rows], left_aligned=(0, 2, 3))
-
-
-def _candidates(candidates: Sequence[Candidate], *, total: int) -> str:
-    header = (*(title for title, _ in _PLAN_COLUMNS), "GiB", "s/step", "tokens/s/GPU", "MFU")
-    rows = [header, *(_row(candidate) for candidate in candidates)]
-    shown = f"{total} plans fit" if total > 1 else "1 plan fits"
-    more = (
-        f", the best {len(candidates)} of them (chosen first):"
-        if total > len(candidates)
-        else " (chosen first):"
-    )
-    recompute = len(_PLAN_COLUMNS) - 1
-    return f"{shown}{more}\n{_grid(rows, left_aligned=(0, recompute))}"
-
-
-def _row(candidate: Candidate) -> tuple[str, ...]:
-    cost, plan = candidate.cost, candidate.plan
-    assert cost is not None, "a feasible candidate was costed"
-    mfu = "-" if cost.mfu is None else f"{100 * cost.mfu:.1f}%"
-    predicted = (
-        f"{cost.memory.total / GIB:.2f}",
-        _seconds(cost.step_s),
-        f"{cost.tokens_per_s_per_gpu:.0f}",
-        mfu,
-    )
-    offload = "+offload" if plan.offload_optimizer or plan.offload_parameters else ""
+def headroom(ranking: Ranking) -> str:
+    """Say what the chosen plan leaves free on its fullest rank."""
+    best = cost_of(ranking.choose())
+    usable = usable_bytes(ranking.problem.cluster)
+    free = usable - best.memory.total
+    where = f", in pipeline stage {best.stage}" if ranking.choose().plan.pp > 1 else ""
     return (
-        *(f"{getattr(plan, key)}" for _, key in _PLAN_COLUMNS[:-1]),
-        f"{plan.recompute}{offload}",
-        *predicted,
+        f"headroom  {gib_text(free)} GiB ({percent_text(free / usable)}) of the usable memory stay free "
+        f"on the fullest rank{where}"
     )
+
+
+def searched(ranking: Ranking) -> list[str]:
+    """Say how many plans there are, and how many of them had to be costed to know the best; nothing where none was."""
+    if not ranking.num_considered:
+        return []
+    words = f"search    {ranking.num_considered:,} legal plans, {ranking.num_costed:,} of them costed in full"
+    if ranking.limit_s is not None:
+        words += (
+            f"; {ranking.num_slow:,} are out because their arithmetic alone takes longer than "
+            f"{seconds_text(ranking.limit_s)} s a step"
+        )
+    return [words]
+
+
+def left_out() -> str:
+    """Say what no figure here contains."""
+    return f"The estimate leaves out: {', '.join(LEFT_OUT[:-1])}, and {LEFT_OUT[-1]}."
+
+
+def unpriced(plan: Plan) -> list[str]:
+    """Name the engine keys given that change memory and that the estimate does not follow."""
+    keys = adapters.capabilities(plan.strategy).unpriced(plan.engine)
+    return [f"strategy.engine.{key} is passed on but not priced" for key in keys]
+
+
+def by_part(shown: Sequence[Candidate]) -> str:
+    """Put memory and step time of several candidates side by side, a column each; parts that none has are left out."""
+    costs = [cost_of(candidate) for candidate in shown]
+    numbers = [str(number) for number in range(1, len(costs) + 1)]
+    rows = [("memory of the fullest rank, GiB", *numbers)]
+    rows += _rows([parts(cost.memory) for cost in costs], gib_text)
+    rows += [("  total", *(gib_text(cost.memory.total) for cost in costs))]
+    if any(cost.host_bytes for cost in costs):
+        rows += [("  on the host", *(gib_text(cost.host_bytes) for cost in costs))]
+    if any(candidate.plan.pp > 1 for candidate in shown):
+        rows += [("  in pipeline stage", *(str(cost.stage) for cost in costs))]
+    rows += [("one step, s", *("" for _ in costs))]
+    rows += _rows([parts(cost.time) for cost in costs], seconds_text)
+    rows += [("  total", *(seconds_text(cost.step_s) for cost in costs))]
+    return grid(rows)
+
+
+def cost_of(candidate: Candidate) -> CostBreakdown:
+    """Return the cost of a candidate that fits."""
+    assert candidate.cost is not None, "a feasible candidate was costed"
+    return candidate.cost
+
+
+def _rows(costs: Sequence[dict[str, float]], text: Callable[[float], str]) -> list[tuple[str, ...]]:
+    names = [name for name in costs[0] if any(cost[name] for cost in costs)]
+    return [(f"  {name}", *(text(cost[name]) if cost[name] else "-" for cost in costs)) for name in names]
+
+
+def _candidates(ranking: Ranking, shown: Sequence[Candidate]) -> str:
+    model, total = ranking.problem.model, len(ranking.candidates)
+    columns = columns_of([candidate.plan for candidate in shown], model)
+    rows = [("", *(column.title for column in columns), "GiB", "s/step", "tokens/s/GPU", "MFU")]
+    for number, candidate in enumerate(shown, start=1):
+        cost = cost_of(candidate)
+        rows.append(
+            (
+                str(number),
+                *(column.text(candidate.plan, model) for column in columns),
+                gib_text(cost.memory.total),
+                seconds_text(cost.step_s),
+                f"{cost.tokens_per_s_per_gpu:.0f}",
+                percent_text(cost.mfu),
+            )
+        )
+    fit = f"{total} plans fit" if total > 1 else "1 plan fits"
+    # Slow plans were never asked whether they fit.
+    fit += " and may be among the best" if ranking.num_slow else ""
+    more = f", the best {len(shown)} of them" if total > len(shown) else ""
+    words = [index for index, column in enumerate(columns, start=1) if column.words]
+    return "\n".join([f"{fit}{more} (1 is chosen):", grid(rows, words=words), *tie(ranking)])
+
+
+def tie(ranking: Ranking) -> list[str]:
+    """Say why the chosen plan is not the fastest one, where it is not."""
+    chosen_s = cost_of(ranking.choose()).step_s
+    fastest_s = min(cost_of(candidate).step_s for candidate in ranking.candidates)
+    if chosen_s == fastest_s:
+        return []
+    return [
+        f"1 is {percent_text(chosen_s / fastest_s - 1)} slower than the fastest, too little to tell; "
+        f"among plans within {percent_text(TIE - 1)} little memory counts first, then simplicity"
+    ]
 
 
 def _rejected(ranking: Ranking) -> str:
@@ -184,31 +234,3 @@ def _rejected(ranking: Ranking) -> str:
     width = len(str(max(rejection.count for rejection in ranking.rejected)))
     lines = [f"  {rejection.count:>{width}}  {rejection.reason}" for rejection in ranking.rejected]
     return "\n".join(["rejected:", *lines])
-
-
-def _unpriced(plan: Plan) -> str:
-    """Name the engine keys given that change memory and that the estimate does not follow."""
-    keys = adapters.load(plan.strategy).capabilities.unpriced(plan.engine)
-    return "\n".join(f"strategy.engine.{key} is passed on but not priced" for key in keys)
-
-
-def _grid(rows: Sequence[tuple[str, ...]], *, left_aligned: tuple[int, ...]) -> str:
-    """Align columns: figures to the right, words to the left."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            text.ljust(widths[column]) if column in left_aligned else text.rjust(widths[column])
-            for column, text in enumerate(row)
-        ]
-        lines.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _seconds(value: float) -> str:
-    """Write seconds with three figures that matter."""
-    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else f"{value:.2f}"
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"

@@ -11,9 +11,11 @@ from pathlib import Path
 from launcher.errors import ClusterError
 
 
-def argv(*, run_dir: Path, num_processes: int, port: int | None) -> list[str]:
+def argv(
+    *, run_dir: Path, num_processes: int, port: int | None, module: str = "launcher.worker"
+) -> list[str]:
     """Command line of the workers: plain Python for one process, torchrun for more."""
-    worker = ["-m", "launcher.worker", str(run_dir)]
+    worker = ["-m", module, str(run_dir)]
     if num_processes == 1:
         return [sys.executable, *worker]
     return [

@@ -180,3 +180,45 @@ def test_a_closed_pipe_is_no_error(repository: Path) -> None:
     done = subprocess.run(["bash", "-c", command], cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("strategy=megatron",),
+        ("strategy=colossalai", "plan.tp=1"),
+        ("strategy=any", "model=llama3_8b", "cluster=h100_sxm"),
+    ],
+    ids=" ".join,
+)
+def test_an_engine_that_can_only_be_planned_is_refused_before_anything_is_written(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = call("train", *words)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert outcome.err.endswith(
+        "can be planned, but this version does not train with it yet; use strategy=accelerate or deepspeed\n"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_any_strategy_plans_over_all_engines(call: Call) -> None:
+    words = ("plan", "strategy=any", "model=llama3_70b", "cluster=h100_sxm", "cluster.num_nodes=8", "--json")
+    plan = call(*words).json
+    assert plan["inputs"]["strategies"] == ["accelerate", "colossalai", "deepspeed", "megatron"]
+    assert plan["strategy"] == "megatron"
+    assert call(*words, "strategy=megatron").json["predictions"] == plan["predictions"]
+
+
+def test_a_goal_plans_part_of_the_cluster_and_is_not_trained(call: Call, tmp_path: Path) -> None:
+    words = ("model=llama3_8b", "cluster=h100_sxm", "cluster.num_nodes=8", "training.global_batch_size=512")
+    goal = ("goal=fewest_gpus", "goal.max_step_s=120")
+    plan = call("plan", *words, *goal, "--json").json
+    assert plan["inputs"]["cluster"]["num_nodes"] < 8
+    assert plan["predictions"]["step_s"] <= 120
+    refused = call("train", *words, *goal, f"run_dir={tmp_path / 'run'}")
+    assert refused.code == 2
+    assert "goal=fewest_gpus plans other hardware or sequences than the run would have" in refused.err
+    assert not (tmp_path / "run").exists()

@@ -16,8 +16,8 @@ def test_the_page_and_the_root_file_name_the_same_keys(repository: Path) -> None
         "hydra",
         "experiment",
     }
-    # These two come from the model group's pass-through keys model.weights and model.hf_config.
-    assert {field.name for field in fields(Job)} - {"weights", "hf_config"} == named
+    # These come from keys inside a group: model.weights, model.hf_config, plan.calibration.
+    assert {field.name for field in fields(Job)} - {"weights", "hf_config", "calibration"} == named
 
 
 def test_a_job_says_where_it_runs_by_default() -> None:

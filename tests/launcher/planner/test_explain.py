@@ -10,138 +10,112 @@ from typing import Any, ClassVar
 import pytest
 
 import strategies
-from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.decode import decode
 from launcher.errors import PlanError
 from launcher.planner import explain
 from launcher.planner.cost import GIB
-from launcher.planner.search import PlanRequest, Ranking, rank
-from strategies.base import Capabilities, StateBytes
-from strategies.model_spec import ModelSpec, MoeSpec
-from strategies.spec import Plan, TrainingSpec
-
-STATE = StateBytes(weights=2, gradients=4, optimizer=12)
-ENGINES = {
-    "plain": Capabilities(
-        zero_stages=frozenset({0, 2, 3}),
-        precisions=frozenset({"bf16", "fp32"}),
-        recompute=frozenset({"none", "full"}),
-        state_bytes={"bf16": STATE, "fp32": STATE},
-    )
-}
-ENGINES["keyed"] = replace(ENGINES["plain"], unpriced_engine_keys=frozenset({"zero.prefetch", "host"}))
-ENGINES["full"] = replace(
-    ENGINES["plain"],
-    zero_stages=frozenset({1}),
-    degrees=frozenset({"tp", "pp", "vp", "cp", "ep", "etp"}),
-    sequence_parallel=True,
-    offload_optimizer_stages=frozenset({1}),
-)
-MODEL = ModelSpec(
-    name="llama_8b",
-    model_type="llama",
-    num_layers=32,
-    hidden_size=4096,
-    num_attention_heads=32,
-    num_kv_heads=8,
-    ffn_hidden_size=14336,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-)
-CLUSTER = ClusterSpec(
-    name="eight",
-    num_nodes=1,
-    gpus_per_node=8,
-    gpu=GpuSpec(
-        name="G80", memory_gib=80.0, memory_gb_per_s=3000.0, peak_tflops={"bf16": 900.0, "fp32": 60.0}
-    ),
-    links=(Link(size=8, gb_per_s=450.0, latency_us=12.0), Link(size=None, gb_per_s=50.0, latency_us=15.0)),
-    host_memory_gib=2000.0,
-    reserved_gib=4.0,
-)
-TRAINING = TrainingSpec(sequence_length=4096, global_batch_size=64, num_steps=1000)
+from launcher.planner.search import Ranking
+from strategies.fake import FakeStrategy
+from strategies.spec import Plan
 
 
-@pytest.fixture(autouse=True)
-def engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str) -> Any:
-        class Adapter:
-            capabilities: ClassVar[Capabilities] = ENGINES[name]
-
-        return Adapter
-
-    monkeypatch.setattr(strategies, "load", load)
-    monkeypatch.setattr(strategies, "ENGINE_PACKAGES", {"plain": "plain"})
+def changed_gpu(ranking: Ranking, **changes: Any) -> Ranking:
+    cluster = ranking.problem.cluster
+    cluster = replace(cluster, gpu=replace(cluster.gpu, **changes))
+    return replace(ranking, problem=replace(ranking.problem, cluster=cluster))
 
 
-def ranked(engine: str, *, model: ModelSpec = MODEL, cluster: ClusterSpec = CLUSTER, **pins: Any) -> Ranking:
-    return rank(model, cluster, TRAINING, PlanRequest(**pins), strategies=[engine])
+@pytest.mark.parametrize("name", ["dense", "mixture"])
+def test_the_text_is_that_of_the_golden_file(
+    name: str, repository: Path, request: pytest.FixtureRequest
+) -> None:
+    text = explain.table(request.getfixturevalue(name))
+    expected = (repository / "tests" / "golden" / f"explain_{name}.txt").read_text(encoding="utf-8")
+    assert text + "\n" == expected
 
 
-def mixture() -> Ranking:
-    moe = MoeSpec(num_experts=8, top_k=2, expert_ffn_hidden_size=7168)
-    return ranked(
-        "full",
-        model=replace(MODEL, name="mixture", moe=moe),
-        cluster=replace(CLUSTER, num_nodes=4),
-        tp=2,
-        pp=4,
-        ep=2,
-        recompute="full",
-        offload_optimizer=True,
-    )
+def test_lines_of_figures_stay_readable(mixture: Ranking) -> None:
+    """Every dimension at once; the line of the chosen plan and sentences may be as long as they are."""
+    figures = [line for line in explain.table(mixture).splitlines() if line.startswith("  ")]
+    assert max(map(len, figures)) <= 150
 
 
-@pytest.mark.parametrize("name", ["explain_dense", "explain_mixture"])
-def test_the_text_is_that_of_the_golden_file(name: str, repository: Path) -> None:
-    ranking = ranked("plain") if name == "explain_dense" else mixture()
-    expected = (repository / "tests" / "golden" / f"{name}.txt").read_text(encoding="utf-8")
-    assert explain.table(ranking) + "\n" == expected
+def test_a_choice_that_is_not_the_fastest_is_explained(dense: Ranking) -> None:
+    assert explain.tie(dense) == []
+    first, second, third = dense.candidates
+    swapped = replace(dense, candidates=(second, first, third))
+    (words,) = explain.tie(swapped)
+    assert words.startswith("1 is 1.2% slower than the fastest")
+    assert words in explain.table(swapped)
 
 
-def test_a_guessed_peak_is_said_and_gives_no_mfu() -> None:
-    guess = replace(CLUSTER, gpu=replace(CLUSTER.gpu, peak_is_nominal=True))
-    text = explain.table(ranked("plain", cluster=guess))
+def test_a_guessed_peak_is_said(dense: Ranking) -> None:
+    text = explain.table(changed_gpu(dense, peak_is_nominal=True))
     assert "the peak of this device is a guess" in text
-    assert "%" not in text
 
 
-def test_plan_json_holds_the_plan_and_its_predictions() -> None:
-    ranking = ranked("plain")
-    data = json.loads(json.dumps(explain.to_json(ranking)))
+def test_plan_json_holds_the_plan_and_its_predictions(dense: Ranking) -> None:
+    data = json.loads(json.dumps(explain.to_json(dense)))
     names = [field.name for field in fields(Plan)]
-    assert decode(Plan, {name: data[name] for name in names}) == ranking.choose().plan
+    assert decode(Plan, {name: data[name] for name in names}) == dense.choose().plan
     predictions = data["predictions"]
     assert predictions["memory_bytes"] == pytest.approx(
         sum(predictions["memory_bytes_by_part"].values()), abs=6
     )
     assert predictions["step_s"] == pytest.approx(sum(predictions["step_s_by_part"].values()))
     assert predictions["memory_bytes"] <= predictions["usable_bytes"] == 76 * GIB
-    assert data["num_candidates"] == len(ranking.candidates)
-    assert len(data["runners_up"]) == min(explain.NUM_RUNNERS_UP, len(ranking.candidates) - 1)
-    assert [item["count"] for item in data["rejected"]] == [item.count for item in ranking.rejected]
+    assert predictions["headroom_bytes"] == predictions["usable_bytes"] - predictions["memory_bytes"]
+    assert data["num_candidates"] == 3
+    assert len(data["runners_up"]) == 2
+    assert data["rejected"] == [{"reason": dense.rejected[0].reason, "count": 8}]
+    assert all(words in explain.table(dense) for words in data["left_out"])
 
 
-def test_on_a_cpu_the_process_itself_counts() -> None:
-    host = replace(CLUSTER, gpu=replace(CLUSTER.gpu, device="cpu"))
-    predictions = explain.to_json(ranked("plain", cluster=host))["predictions"]
+def test_the_size_of_the_search_is_said(dense: Ranking) -> None:
+    assert "search " not in explain.table(dense), "a made-up ranking was never searched"
+    whole = replace(dense, num_considered=12345, num_costed=678)
+    assert "search    12,345 legal plans, 678 of them costed in full\n" in explain.table(whole)
+    cut = replace(whole, num_slow=9000, limit_s=4.2)
+    text = explain.table(cut)
+    assert "; 9,000 are out because their arithmetic alone takes longer than 4.200 s a step" in text
+    assert "3 plans fit and may be among the best (1 is chosen):" in text
+    assert explain.to_json(cut)["search"] == {
+        "num_considered": 12345,
+        "num_costed": 678,
+        "num_slow": 9000,
+        "limit_s": 4.2,
+    }
+
+
+def test_on_a_cpu_the_process_itself_counts(dense: Ranking) -> None:
+    predictions = explain.to_json(changed_gpu(dense, device="cpu"))["predictions"]
     tensors = sum(predictions["memory_bytes_by_part"].values())
     assert predictions["memory_bytes"] == pytest.approx(tensors + 4 * GIB, abs=6)
 
 
-def test_nothing_fits_is_an_error_and_not_a_table() -> None:
-    tight = replace(CLUSTER, gpu=replace(CLUSTER.gpu, memory_gib=10.0))
+def test_nothing_fits_is_an_error_and_not_a_table(dense: Ranking) -> None:
+    empty = changed_gpu(replace(dense, candidates=()), memory_gib=5.0)
     for write in (explain.table, explain.to_json):
         with pytest.raises(PlanError, match="no plan of llama_8b"):
-            write(ranked("plain", cluster=tight))
+            write(empty)
 
 
-def test_engine_keys_that_the_estimate_does_not_follow_are_named() -> None:
+def test_engine_keys_that_the_estimate_does_not_follow_are_named(
+    dense: Ranking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Adapter:
+        capabilities: ClassVar[Any] = replace(
+            FakeStrategy.capabilities, unpriced_engine_keys=frozenset({"zero.prefetch", "host"})
+        )
+
+    monkeypatch.setattr(strategies, "load", lambda name: Adapter)
+    assert "priced" not in explain.table(dense)
     engine = {"zero": {"prefetch": 7, "bucket": 1}, "host": {"ratio": 0.5}, "log": True}
-    ranking = rank(MODEL, CLUSTER, TRAINING, PlanRequest(), strategies=["keyed"], engine=engine)
-    named = [line for line in explain.table(ranking).splitlines() if "priced" in line]
+    best = dense.candidates[0]
+    keyed = replace(dense, candidates=(replace(best, plan=replace(best.plan, engine=engine)),))
+    named = [line for line in explain.table(keyed).splitlines() if "priced" in line]
     assert named == [
         "strategy.engine.zero.prefetch is passed on but not priced",
         "strategy.engine.host.ratio is passed on but not priced",
     ]
-    assert "priced" not in explain.table(ranked("keyed"))
+    assert explain.to_json(keyed)["unpriced"] == named

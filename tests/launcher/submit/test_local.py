@@ -48,3 +48,9 @@ def test_a_taken_port_is_one_sentence() -> None:
     with pytest.raises(ClusterError, match=r"submit\.port=99999 is not a port"):
         local.check_port(99999)
     local.check_port(None)
+
+
+def test_another_module_may_be_started_the_same_way() -> None:
+    one = local.argv(run_dir=Path("x"), num_processes=1, port=None, module="launcher.probe_worker")
+    two = local.argv(run_dir=Path("x"), num_processes=2, port=None, module="launcher.probe_worker")
+    assert one[1:] == two[-3:] == ["-m", "launcher.probe_worker", "x"]
