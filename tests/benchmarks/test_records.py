@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import record
+from benchmarks.cpu_plans import BAR as CPU_BAR
+from benchmarks.cpu_plans import spearman
 from benchmarks.plan_latency import FRAMEWORKS
 from benchmarks.step_overhead import BAR, median_step_s
 from launcher.decode import decode, encode
@@ -33,11 +35,10 @@ def texts(value: Any) -> Iterator[str]:
         yield value
 
 
-def test_records_are_kept() -> None:
-    assert {json.loads(path.read_text(encoding="utf-8"))["benchmark"] for path in KEPT} == {
-        "plan_latency",
-        "step_overhead",
-    }
+def test_records_are_kept_of_benchmarks_that_are_here() -> None:
+    kept = {json.loads(path.read_text(encoding="utf-8"))["benchmark"] for path in KEPT}
+    assert {"plan_latency", "step_overhead"} <= kept
+    assert kept <= {path.stem for path in (record.REPOSITORY / "benchmarks").glob("*.py")}
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
@@ -60,18 +61,31 @@ def test_record_tells_no_path(path: Path) -> None:
         assert not ABSOLUTE.search(text), text
 
 
-@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.name)
-def test_figures_hold_together(path: Path) -> None:
-    found = decode(record.Record, json.loads(path.read_text(encoding="utf-8")))
-    spreads = [value for value in found.figures.values() if isinstance(value, dict)]
-    assert spreads
-    assert all(0 < s["min"] <= s["median"] <= s["max"] for s in spreads)
-    if found.benchmark == "plan_latency":
-        assert not FRAMEWORKS & set(found.figures["frameworks_imported"])
-    else:
-        assert found.figures["bar"] == BAR
-        ratios = [r["default"] / r["bare"] for r in found.figures["rounds"]]
-        assert found.figures["ratio_monitor_default"]["max"] == pytest.approx(max(ratios))
+def kept_of(benchmark: str) -> list[dict[str, Any]]:
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in KEPT]
+    return [each["figures"] for each in found if each["benchmark"] == benchmark]
+
+
+def test_figures_of_costs_hold_together() -> None:
+    for figures in (*kept_of("plan_latency"), *kept_of("step_overhead")):
+        spreads = [value for value in figures.values() if isinstance(value, dict)]
+        assert spreads
+        assert all(0 < s["min"] <= s["median"] <= s["max"] for s in spreads)
+    for figures in kept_of("plan_latency"):
+        assert not FRAMEWORKS & set(figures["frameworks_imported"])
+    for figures in kept_of("step_overhead"):
+        assert figures["bar"] == BAR
+        ratios = [r["default"] / r["bare"] for r in figures["rounds"]]
+        assert figures["ratio_monitor_default"]["max"] == pytest.approx(max(ratios))
+
+
+def test_figures_of_plans_on_a_cpu_hold_together() -> None:
+    for figures in kept_of("cpu_plans"):
+        rows = figures["rows"]
+        assert len(rows) == figures["plans"] >= 100
+        again = spearman([row["predicted_s"] for row in rows], [row["measured_s"] for row in rows])
+        assert figures["spearman"] == pytest.approx(again, abs=2e-3)  # rows are rounded
+        assert figures["bar"] == CPU_BAR
 
 
 def test_a_new_record_reads_back_and_names_no_host(tmp_path: Path) -> None:
