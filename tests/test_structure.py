@@ -50,7 +50,9 @@ FRAMEWORKS = (
 )
 
 
-@pytest.mark.parametrize("strategy", ["accelerate", "deepspeed", "fake", "auto"])
+@pytest.mark.parametrize(
+    "strategy", ["accelerate", "deepspeed", "fake", "auto", "megatron", "colossalai", "any"]
+)
 def test_planning_imports_no_framework(strategy: str) -> None:
     code = (
         "import sys; from launcher import cli; "
