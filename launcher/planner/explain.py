@@ -147,7 +147,7 @@ def searched(ranking: Ranking) -> list[str]:
     words = f"search    {ranking.num_considered:,} legal plans, {ranking.num_costed:,} of them costed in full"
     if ranking.limit_s is not None:
         words += (
-            f"; {ranking.num_slow:,} are out because their arithmetic alone takes longer than "
+            f"; {ranking.num_slow:,} are out because their micro-batches alone take longer than "
             f"{seconds_text(ranking.limit_s)} s a step"
         )
     return [words]

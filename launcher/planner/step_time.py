@@ -31,7 +31,7 @@ class StepTimer:
         self.compute = Compute(model, training, cluster.gpu, execution)
 
     def floor_s(self, plan: Plan, stages: tuple[StageShape, ...]) -> float:
-        """Return a lower bound of the step for every plan with these degrees, batch and split.
+        """Return a lower bound of the step for every plan with these degrees, batch and split, sequence parallel alike.
 
         Arithmetic and the pipeline's filling only: nothing recomputed, nothing communicated.
         """

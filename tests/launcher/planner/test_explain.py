@@ -77,7 +77,7 @@ def test_the_size_of_the_search_is_said(dense: Ranking) -> None:
     assert "search    12,345 legal plans, 678 of them costed in full\n" in explain.table(whole)
     cut = replace(whole, num_slow=9000, limit_s=4.2)
     text = explain.table(cut)
-    assert "; 9,000 are out because their arithmetic alone takes longer than 4.200 s a step" in text
+    assert "; 9,000 are out because their micro-batches alone take longer than 4.200 s a step" in text
     assert "3 plans fit and may be among the best (1 is chosen):" in text
     assert explain.to_json(cut)["search"] == {
         "num_considered": 12345,
