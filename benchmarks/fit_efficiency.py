@@ -26,8 +26,8 @@ from benchmarks import record
 from benchmarks.published import Case, case_of
 from launcher.cluster.efficiency import Efficiency
 from launcher.planner.cost import MemoryCost
-from launcher.planner.memory import MemoryModel
-from launcher.planner.stages import StageShape, stages_of
+from launcher.planner.estimate import Estimator
+from launcher.planner.stages import StageShape
 from launcher.planner.step_time import StepTimer
 
 FOLDER = Path(__file__).parent.parent / "hydra_configs" / "efficiency"
@@ -123,16 +123,14 @@ def prepare(cases: Sequence[Case]) -> list[_Prepared]:
     count = Counter((case.source, case.model.name) for case in cases)
     prepared = []
     for case in cases:
-        stages = stages_of(case.model, case.plan)
-        model = MemoryModel(case.model, case.training, case.capabilities)
-        memory, _ = max((model.of(case.plan, stage) for stage in stages), key=lambda cost: cost[0].total)
+        estimator = Estimator(case.problem(case.plan.strategy), case.capabilities)
         noisy = 0.3 if any(flag in _NOISY for flag in case.row.get("flags") or ()) else 1.0
         prepared.append(
             _Prepared(
                 case=case,
                 kind=kind_of(case.cluster.gpu.name),
-                stages=stages,
-                memory=memory,
+                stages=estimator.stages(case.plan),
+                memory=estimator.footprint(case.plan).memory,
                 weight=noisy * count[case.source, case.model.name] ** -0.4,
             )
         )

@@ -25,7 +25,6 @@ from benchmarks.published_memory import memory_kind, predicted_memory_gib
 from launcher.planner.compute import peak_flops
 from launcher.planner.cost import CostBreakdown
 from launcher.planner.estimate import Estimator, usable_bytes
-from launcher.planner.problem import PlanRequest, Problem
 
 _SMALLEST_GROUP = 4  # plans, below which a rank correlation says nothing
 _BASELINE_SHARE = 0.45  # of the peak: the one-line formula
@@ -76,14 +75,7 @@ def evaluate(row: Any) -> Evaluated:
     case = case_of(row)
     if isinstance(case, str):
         return _without(row if isinstance(row, Mapping) else {}, case)
-    problem = Problem(
-        model=case.model,
-        cluster=case.cluster,
-        training=case.training,
-        request=PlanRequest(),
-        strategies=(case.plan.strategy,),
-    )
-    estimator = Estimator(problem, case.capabilities)
+    estimator = Estimator(case.problem(case.plan.strategy), case.capabilities)
     try:
         cost = estimator.predict(case.plan)
     except FAULTS as error:

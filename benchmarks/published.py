@@ -25,6 +25,7 @@ from benchmarks.published_memory import (
 )
 from launcher.cluster.spec import ClusterSpec
 from launcher.compose import jobs
+from launcher.planner.problem import PlanRequest, Problem
 from strategies.base import Capabilities
 from strategies.model_spec import MlaSpec, ModelSpec, MoeSpec
 from strategies.spec import Plan, Precision, TrainingSpec
@@ -84,6 +85,16 @@ class Case:
     capabilities: Capabilities
     measured_step_s: float | None
     measured_memory_gib: float | None
+
+    def problem(self, strategy: str) -> Problem:
+        """Return the question that the planner would be asked, with nothing pinned."""
+        return Problem(
+            model=self.model,
+            cluster=self.cluster,
+            training=self.training,
+            request=PlanRequest(),
+            strategies=(strategy,),
+        )
 
 
 # What a row that does not keep to the format may raise.

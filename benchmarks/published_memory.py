@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from launcher.cluster.spec import ClusterSpec
 from launcher.planner.cost import GIB, MemoryCost
+from launcher.planner.estimate import usable_bytes
 from launcher.planner.memory import MemoryModel
 from launcher.planner.stages import stages_of
 from strategies.base import Capabilities, Execution, StateBytes
@@ -72,7 +73,7 @@ def least_recompute(
 ) -> Plan:
     """Return `plan` with the least recomputation that fits: a row that ran and does not print it must have fitted."""
     memory, stages = MemoryModel(model, training, capabilities), stages_of(model, plan)
-    usable = (cluster.gpu.memory_gib - cluster.reserved_gib) * GIB
+    usable = usable_bytes(cluster)
     order: tuple[Recompute, ...] = ("none", "selective", "full")
     for recompute in order[order.index(plan.recompute) :]:
         plan = replace(plan, recompute=recompute)

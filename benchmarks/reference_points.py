@@ -25,7 +25,7 @@ from launcher.planner.calibrated import estimator_of
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, parts
 from launcher.planner.estimate import usable_bytes
 from launcher.planner.order import TIE, ordered
-from launcher.planner.problem import PlanRequest, Problem, check_problem
+from launcher.planner.problem import check_problem
 from launcher.planner.space import Space
 from launcher.planner.sweep import sweep
 from launcher.planner.tables import describe, differences, key_of, split_text
@@ -93,13 +93,7 @@ def evaluate(point: Point) -> Outcome:
     case = case_of(point.row)
     assert not isinstance(case, str) and case.measured_step_s, f"{point.name}: {case}"
     plan = replace(case.plan, strategy=STRATEGY, pipeline_split=point.pipeline_split)
-    problem = Problem(
-        model=case.model,
-        cluster=case.cluster,
-        training=case.training,
-        request=PlanRequest(),
-        strategies=(STRATEGY,),
-    )
+    problem = case.problem(STRATEGY)
     check_problem(problem)
     space = Space(problem, strategy=STRATEGY, capabilities=capabilities_of(case))
     usable = usable_bytes(problem.cluster)

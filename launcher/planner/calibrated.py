@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from launcher.planner.calibration import Calibration, scaled_memory, scaled_time
+from launcher.planner.calibration import Calibration, scaled
 from launcher.planner.cost import CostBreakdown
 from launcher.planner.estimate import Bounds, Estimator, Footprint
 from launcher.planner.problem import Problem
@@ -36,7 +36,7 @@ class _Calibrated(Estimator):
             found,
             memory=footprint.memory,
             host_bytes=footprint.host_bytes,
-            time=scaled_time(found.time, self._calibration.time),
+            time=scaled(found.time, self._calibration.time),
         )
 
     def state_bytes(self, plan: Plan) -> float:
@@ -52,6 +52,6 @@ class _Calibrated(Estimator):
     def _scaled(self, footprint: Footprint, factor: float) -> Footprint:
         return replace(
             footprint,
-            memory=scaled_memory(footprint.memory, factor),
+            memory=scaled(footprint.memory, factor),
             host_bytes=footprint.host_bytes * factor,
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from launcher.planner.cost import MemoryCost, TimeCost, parts
+
+Cost = TypeVar("Cost", MemoryCost, TimeCost)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +34,6 @@ class Calibration:
         )
 
 
-def scaled_memory(cost: MemoryCost, factor: float) -> MemoryCost:
-    """Return `cost` with every part times `factor`."""
-    return replace(cost, **{name: value * factor for name, value in parts(cost).items()})
-
-
-def scaled_time(cost: TimeCost, factor: float) -> TimeCost:
+def scaled(cost: Cost, factor: float) -> Cost:
     """Return `cost` with every part times `factor`."""
     return replace(cost, **{name: value * factor for name, value in parts(cost).items()})

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from launcher.cluster.spec import GpuSpec
+from launcher.planner.activations import element_bytes, tokens_of
 from launcher.planner.stages import StageShape
 from strategies.base import Execution
 from strategies.model_spec import ModelSpec, MoeSpec
@@ -103,19 +104,16 @@ class Compute:
 
     def embedding(self, plan: Plan) -> tuple[float, float]:
         """Return forward and backward seconds of looking tokens up: rows read, and their gradients added."""
-        width = self._tokens(plan) * self._model.hidden_size * _element(plan)
+        width = tokens_of(plan, self._training) * self._model.hidden_size * element_bytes(plan)
         return 2 * width / self._bytes_per_s, 4 * width / self._bytes_per_s
 
     def optimizer(self, *, state_bytes: float) -> float:
         """Seconds of Adam and clipping over weights, gradients and moments: read and written once, norms read once."""
         return 2.2 * state_bytes / self._bytes_per_s
 
-    def _tokens(self, plan: Plan) -> float:
-        return plan.micro_batch_size * self._training.sequence_length / plan.cp
-
     def _time_layer(self, plan: Plan, *, moe: bool) -> LayerSeconds:
         model, fused = self._model, self._execution.fused_kernels
-        tokens = self._tokens(plan)
+        tokens = tokens_of(plan, self._training)
         projections, ups = self._projections(plan, tokens)
         attention = self._attention(plan, tokens)
         norms = self._elementwise(plan, tokens, *self._norm_elements(plan))
@@ -248,7 +246,7 @@ class Compute:
         if execution.attention in _SCORE_PASSES:
             # Scores, masked, exponentiated, summed: written and read several times at full square.
             heads = self._model.num_attention_heads / plan.tp
-            traffic = tokens * length * heads * _element(plan) * _SCORE_PASSES[execution.attention]
+            traffic = tokens * length * heads * element_bytes(plan) * _SCORE_PASSES[execution.attention]
             forward += traffic / self._bytes_per_s
             backward += 1.5 * traffic / self._bytes_per_s
         return _Work(forward=forward, backward=backward)
@@ -269,12 +267,12 @@ class Compute:
 
     def _elementwise(self, plan: Plan, tokens: float, *elements: float) -> _Work:
         """Kernels without reuse: the forward pass moves so many elements a token, the backward pass 1.5 times."""
-        seconds = tokens * sum(elements) * _element(plan) / self._bytes_per_s
+        seconds = tokens * sum(elements) * element_bytes(plan) / self._bytes_per_s
         return _Work(forward=seconds, backward=1.5 * seconds)
 
     def _time_head(self, plan: Plan) -> tuple[float, float]:
         model = self._model
-        tokens, vocabulary = self._tokens(plan), model.vocab_size / plan.tp
+        tokens, vocabulary = tokens_of(plan, self._training), model.vocab_size / plan.tp
         # The head stays in 16 bits under fp8 recipes.
         precision = _wide(plan.precision)
         product = self._product(precision, tokens, vocabulary, model.hidden_size)
@@ -287,10 +285,6 @@ class Compute:
 def _wide(precision: Precision) -> Precision:
     """Return the precision of what stays in 16 bits under a narrow one."""
     return "bf16" if precision in _NARROW else precision
-
-
-def _element(plan: Plan) -> int:
-    return 4 if plan.precision == "fp32" else 2
 
 
 def stage_seconds(compute: Compute, plan: Plan, stage: StageShape) -> tuple[float, float]:

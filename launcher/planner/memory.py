@@ -12,12 +12,10 @@ from dataclasses import replace
 
 from launcher.planner.activations import LayerBytes, element_bytes, layer_bytes, tokens_of
 from launcher.planner.cost import MemoryCost
-from launcher.planner.stages import StageShape, expert_replicas
+from launcher.planner.stages import StageShape, owned_parameters
 from strategies.base import Capabilities, Execution, StateBytes
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, Precision, TrainingSpec
-
-__all__ = ["MemoryModel", "element_bytes", "micro_batches_in_flight", "stage_memory"]
 
 # What PyTorch's allocator holds beyond what is in use, as shares of what stays and of what comes and goes.
 _STATE_SLACK = 0.03
@@ -106,8 +104,7 @@ class MemoryModel:
             gradients, optimizer = gradients * (zero < 2), 0.0
         sharded = weights * (zero >= 3) + gradients * (zero >= 2) + optimizer * (zero >= 1)
         whole = weights + gradients + optimizer - sharded
-        everything = stage.parameters + stage.expert_parameters
-        return sharded * _sharded(stage, plan, 1.0, sharded=True) + whole * everything
+        return sharded * owned_parameters(stage, plan) + whole * stage.all_parameters
 
     def _widths(self, precision: Precision, zero_stage: int) -> tuple[float, float, float]:
         """Bytes of weights, gradients and optimizer state that one parameter costs at least."""
@@ -153,7 +150,7 @@ class MemoryModel:
 
     def _buffers(self, plan: Plan, state: StateBytes, stage: StageShape) -> float:
         """Gathered weights, communication buckets, the optimizer's copies, pipeline messages."""
-        everything = stage.parameters + stage.expert_parameters
+        everything = stage.all_parameters
         buffers = _gathered(plan, state, stage)
         if not plan.offload_optimizer:
             buffers += _sharded(stage, plan, state.step, sharded=plan.zero_stage >= 1)
@@ -224,13 +221,13 @@ def _states(plan: Plan, state: StateBytes, stage: StageShape) -> tuple[tuple[flo
         if plan.zero_stage >= 2:
             # Sharded gradients follow the optimizer, which reads them on the host (ZeRO-Offload, section 4).
             host, gradients = host + gradients, 0.0
-    gradients += (stage.parameters + stage.expert_parameters) * state.gradient_copies
+    gradients += stage.all_parameters * state.gradient_copies
     return (weights, gradients, optimizer), host
 
 
 def _gathered(plan: Plan, state: StateBytes, stage: StageShape) -> float:
     """Weights that are whole for a moment: those of the layer in use and the next one, and the root unit."""
-    everything = stage.parameters + stage.expert_parameters
+    everything = stage.all_parameters
     unit = min(everything, 2 * stage.layer_parameters + stage.root_parameters)
     gathered = (everything if state.keep_gathered else unit) * state.gathered
     if plan.zero_stage >= 3 and not state.gathered:
@@ -249,7 +246,7 @@ def _gradients_in_flight(plan: Plan, state: StateBytes, stage: StageShape) -> fl
 
 def _missing(plan: Plan, stage: StageShape) -> float:
     """Parameters of the stage that live on other ranks when all is sharded."""
-    return stage.parameters + stage.expert_parameters - _sharded(stage, plan, 1.0, sharded=True)
+    return stage.all_parameters - owned_parameters(stage, plan)
 
 
 def _shards_gradients(plan: Plan, state: StateBytes) -> bool:
@@ -257,7 +254,4 @@ def _shards_gradients(plan: Plan, state: StateBytes) -> bool:
 
 
 def _sharded(stage: StageShape, plan: Plan, bytes_per_parameter: float, *, sharded: bool) -> float:
-    if not sharded:
-        return (stage.parameters + stage.expert_parameters) * bytes_per_parameter
-    shared = stage.parameters / (plan.dp * plan.cp)
-    return (shared + stage.expert_parameters / expert_replicas(plan)) * bytes_per_parameter
+    return (owned_parameters(stage, plan) if sharded else stage.all_parameters) * bytes_per_parameter

@@ -8,6 +8,9 @@ from functools import lru_cache
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan
 
+# (dense layers, mixture layers, embedding, head)
+StageKind = tuple[int, int, bool, bool]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageShape:
@@ -28,19 +31,38 @@ class StageShape:
         """Layers of this stage."""
         return self.dense_layers + self.moe_layers
 
+    @property
+    def all_parameters(self) -> float:
+        """Of one rank, nothing sharded over data parallel ranks."""
+        return self.parameters + self.expert_parameters
+
+    @property
+    def kind(self) -> StageKind:
+        """What stages that cost the same have in common."""
+        return self.dense_layers, self.moe_layers, self.has_embedding, self.has_head
+
 
 def stages_of(model: ModelSpec, plan: Plan) -> tuple[StageShape, ...]:
     """Return one stage of each kind, the earliest: among these are the fullest and the slowest one.
 
     Stages of a kind hold the same layers; under 1F1B the earliest of them keeps the most micro-batches.
     """
-    kinds: dict[tuple[int, int, bool, bool], int] = {}
-    for index, layers in enumerate(stage_layers(model, plan)):
-        kinds.setdefault((*layers, index == 0, index == plan.pp - 1), index)
+    kinds: dict[StageKind, int] = {}
+    for index, kind in enumerate(stage_kinds(model, plan)):
+        kinds.setdefault(kind, index)
     return tuple(
         _stage(model, plan, index, dense_layers=dense, moe_layers=moe)
         for (dense, moe, _, _), index in kinds.items()
     )
+
+
+def stage_kinds(model: ModelSpec, plan: Plan) -> list[StageKind]:
+    """Return the kind of every stage, in the order of the model."""
+    last = plan.pp - 1
+    return [
+        (dense, moe, index == 0, index == last)
+        for index, (dense, moe) in enumerate(stage_layers(model, plan))
+    ]
 
 
 def stage_layers(model: ModelSpec, plan: Plan) -> list[tuple[int, int]]:
@@ -99,6 +121,11 @@ def _stage(model: ModelSpec, plan: Plan, index: int, *, dense_layers: int, moe_l
 def _experts_per_layer(model: ModelSpec, plan: Plan) -> float:
     """Return the parameters of the experts of one layer on one rank."""
     return model.moe.num_experts * model.expert_parameters / (plan.ep * plan.etp) if model.moe else 0.0
+
+
+def owned_parameters(stage: StageShape, plan: Plan) -> float:
+    """Parameters that one rank owns where they are sharded over all ranks that hold the same ones."""
+    return stage.parameters / (plan.dp * plan.cp) + stage.expert_parameters / expert_replicas(plan)
 
 
 def expert_replicas(plan: Plan) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from launcher.cluster.spec import ClusterSpec
+from launcher.planner.activations import element_bytes, tokens_of
 from launcher.planner.collectives import Group, groups_of
 from launcher.planner.compute import Compute, stage_seconds
 from launcher.planner.cost import MemoryCost, TimeCost
-from launcher.planner.memory import element_bytes
-from launcher.planner.stages import StageShape, expert_replicas, stage_layers
+from launcher.planner.stages import StageShape, owned_parameters, stage_kinds
 from strategies.base import Execution, StateBytes
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -84,17 +84,13 @@ class StepTimer:
         """
         if plan.pp == 1:
             return 0.0
-        seconds = {(s.dense_layers, s.moe_layers, s.has_embedding, s.has_head): value for value, s in busy}
-        total = sum(
-            seconds[(dense, moe, index == 0, index == plan.pp - 1)]
-            for index, (dense, moe) in enumerate(stage_layers(self._model, plan))
-        )
+        seconds = {stage.kind: value for value, stage in busy}
+        total = sum(seconds[kind] for kind in stage_kinds(self._model, plan))
         return (total - max(seconds.values())) / plan.vp
 
     def _message_bytes(self, plan: Plan) -> float:
         """Hidden states of one micro-batch on one rank."""
-        tokens = plan.micro_batch_size * self._training.sequence_length / plan.cp
-        return tokens * self._model.hidden_size * element_bytes(plan)
+        return tokens_of(plan, self._training) * self._model.hidden_size * element_bytes(plan)
 
     def _stage_parts(self, plan: Plan, stage: StageShape, groups: dict[str, Group]) -> dict[str, float]:
         """Return seconds of one micro-batch on one stage, by part."""
@@ -258,8 +254,7 @@ def _recomputed_share(plan: Plan, stage: StageShape) -> float:
 def _offload_s(plan: Plan, state: StateBytes, stage: StageShape) -> float:
     """Gradients down, weights up, and Adam at the host's pace; offloaded weights travel for every pass."""
     seconds = 0.0
-    shards, expert_shards = (plan.dp * plan.cp, expert_replicas(plan)) if plan.zero_stage >= 1 else (1, 1)
-    owned = stage.parameters / shards + stage.expert_parameters / expert_shards
+    owned = owned_parameters(stage, plan) if plan.zero_stage >= 1 else stage.all_parameters
     if plan.offload_optimizer:
         seconds += owned * (state.gradients + state.weights) / _HOST_LINK_BYTES_PER_S
         seconds += 2 * owned * state.optimizer / _HOST_ADAM_BYTES_PER_S

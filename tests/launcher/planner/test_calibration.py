@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from launcher.planner.calibration import Calibration, scaled_memory, scaled_time
+from launcher.planner.calibration import Calibration, scaled
 from launcher.planner.cost import MemoryCost, TimeCost, parts
 
 
@@ -18,8 +18,8 @@ def test_the_sentence_says_how_much_from_where_and_when() -> None:
 def test_every_part_is_scaled() -> None:
     memory = MemoryCost(**{field.name: 10.0 * i for i, field in enumerate(fields(MemoryCost))})
     time = TimeCost(**{field.name: 10.0 * i for i, field in enumerate(fields(TimeCost))})
-    assert parts(scaled_memory(memory, 1.5)) == {key: 1.5 * value for key, value in parts(memory).items()}
-    assert scaled_time(time, 0.5).total == pytest.approx(0.5 * time.total)
+    assert parts(scaled(memory, 1.5)) == {key: 1.5 * value for key, value in parts(memory).items()}
+    assert scaled(time, 0.5).total == pytest.approx(0.5 * time.total)
 
 
 @pytest.mark.parametrize("key", ["time", "memory"])
