@@ -12,7 +12,7 @@ import strategies
 from launcher.config import Job
 from launcher.errors import ConfigError, RunDirError
 from launcher.planner.calibration import Calibration
-from launcher.planner.cost import GIB
+from launcher.planner.estimate import process_bytes
 from launcher.planner.problem import PlanRequest, Problem
 from launcher.planner.search import predict
 from launcher.run_dir import RunDir, open_run
@@ -39,12 +39,10 @@ def read(folder: Path, job: Job) -> Calibration:
         strategies=(plan.strategy,),
         engine=plan.engine,
     )
-    cost = predict(problem, plan, strategies.load(plan.strategy).capabilities)
-    # On a CPU a whole process was measured, the interpreter and libraries included.
-    process_bytes = job.cluster.reserved_gib * GIB if job.cluster.gpu.device == "cpu" else 0.0
+    cost = predict(problem, plan, strategies.capabilities(plan.strategy))
     return Calibration(
         time=measured["step_s"] / cost.step_s,
-        memory=measured["memory_bytes"] / (cost.memory.total + process_bytes),
+        memory=measured["memory_bytes"] / (cost.memory.total + process_bytes(job.cluster)),
         run=str(run.path),
         date=datetime.fromtimestamp(measured["time"], tz=timezone.utc).isoformat(timespec="seconds"),
         host=", ".join(json.loads(run.env_file.read_text(encoding="utf-8"))["hosts"]),

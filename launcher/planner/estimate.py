@@ -179,6 +179,11 @@ def usable_bytes(cluster: ClusterSpec) -> float:
     return (cluster.gpu.memory_gib - cluster.reserved_gib) * GIB
 
 
+def process_bytes(cluster: ClusterSpec) -> float:
+    """Bytes beside a plan's own in what is measured: on a CPU that is the whole process, libraries included."""
+    return cluster.reserved_gib * GIB if cluster.gpu.device == "cpu" else 0.0
+
+
 def _numbers(memory: MemoryCost) -> str:
     return ", ".join(
         f"{name} {value / GIB:.1f}" for name, value in parts(memory).items() if value >= GIB / 20

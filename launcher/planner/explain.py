@@ -9,7 +9,7 @@ import strategies as adapters
 from launcher.decode import encode
 from launcher.planner import run_words
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, parts
-from launcher.planner.estimate import usable_bytes
+from launcher.planner.estimate import process_bytes, usable_bytes
 from launcher.planner.order import TIE
 from launcher.planner.search import Ranking
 from launcher.planner.tables import (
@@ -87,10 +87,8 @@ def to_json(ranking: Ranking) -> dict[str, Any]:
 def predictions(candidate: Candidate, ranking: Ranking) -> dict[str, Any]:
     """Return the predicted cost of one candidate, by part, as plan.json holds it."""
     cost, cluster = cost_of(candidate), ranking.problem.cluster
-    # On a CPU the figure to compare with is the whole process, the interpreter and libraries included.
-    process_bytes = cluster.reserved_gib * GIB if cluster.gpu.device == "cpu" else 0.0
     return {
-        "memory_bytes": round(cost.memory.total + process_bytes),
+        "memory_bytes": round(cost.memory.total + process_bytes(cluster)),
         "memory_bytes_by_part": {name: round(value) for name, value in parts(cost.memory).items()},
         "memory_stage": cost.stage,
         "usable_bytes": round(usable_bytes(cluster)),

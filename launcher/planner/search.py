@@ -73,6 +73,10 @@ class Ranking:
             raise PlanError(_nothing_fits(self))
         return self.candidates[0]
 
+    def nearest_miss(self) -> Candidate:
+        """Return the smallest of the plans that are too large; some plan must be."""
+        return min((found.nearest for found in self.rejected if found.nearest), key=_size)
+
 
 def rank(
     model: ModelSpec,
@@ -147,7 +151,7 @@ def _rejection(count: int, nearest: Candidate) -> Rejection:
 
 
 def _nothing_fits(ranking: Ranking) -> str:
-    nearest = min((r.nearest for r in ranking.rejected if r.nearest), key=_size)
+    nearest = ranking.nearest_miss()
     problem, plan = ranking.problem, nearest.plan
     pinned = [f"plan.{key}={text_of(value)}" for key, value in problem.request.pins().items()]
     return (

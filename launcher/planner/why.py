@@ -169,11 +169,7 @@ def _too_large(asked: Ranking, pins: Mapping[str, Any]) -> Answer:
         asked.choose()
     except PlanError as error:
         reason = str(error)
-    misses = [rejection.nearest for rejection in asked.rejected if rejection.nearest]
-    nearest = min(
-        misses, key=lambda miss: (cost_of(miss).memory.total, cost_of(miss).host_bytes), default=None
-    )
-    return Answer(pins=pins, verdict=TOO_LARGE, reason=reason, candidate=nearest)
+    return Answer(pins=pins, verdict=TOO_LARGE, reason=reason, candidate=asked.nearest_miss())
 
 
 def _slower(best: Candidate, other: Candidate) -> str:
