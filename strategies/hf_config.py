@@ -20,6 +20,8 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 
+_AUX_LOSS_COEF = 0.001  # transformers' fall-back for an absent router_aux_loss_coef
+
 
 def to_hf_config(model: ModelSpec) -> dict[str, Any]:
     """Return the config.json content from which transformers' AutoConfig builds this model, for training.
@@ -130,7 +132,11 @@ def _moe_keys(model: ModelSpec) -> dict[str, Any]:
     if moe is None:
         return {}
     if model.model_type == "mixtral":
-        return {"num_local_experts": moe.num_experts, "num_experts_per_tok": moe.top_k}
+        return {
+            "num_local_experts": moe.num_experts,
+            "num_experts_per_tok": moe.top_k,
+            "router_aux_loss_coef": moe.router_aux_loss_coef,
+        }
     common = {
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.expert_ffn_hidden_size,
@@ -138,7 +144,12 @@ def _moe_keys(model: ModelSpec) -> dict[str, Any]:
     }
     if model.model_type == "qwen3_moe":
         dense = list(range(moe.num_dense_layers))
-        return common | {"num_experts": moe.num_experts, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+        return common | {
+            "num_experts": moe.num_experts,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": dense,
+            "router_aux_loss_coef": moe.router_aux_loss_coef,
+        }
     return common | {
         "n_routed_experts": moe.num_experts,
         "n_shared_experts": moe.shared_ffn_hidden_size // moe.expert_ffn_hidden_size,
@@ -295,6 +306,7 @@ def _read_mixtral(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
         num_experts=_size(config, "num_local_experts", "num_experts"),
         top_k=_size(config, "num_experts_per_tok"),
         expert_ffn_hidden_size=model.ffn_hidden_size,
+        router_aux_loss_coef=_value(config, "router_aux_loss_coef", _AUX_LOSS_COEF),
     )
     return replace(model, moe=moe, sliding_window=_value(config, "sliding_window", None))
 
@@ -312,6 +324,7 @@ def _read_qwen3_moe(config: Mapping[str, Any], model: ModelSpec) -> ModelSpec:
         expert_ffn_hidden_size=_size(config, "moe_intermediate_size"),
         num_dense_layers=len(dense),
         normalize_top_k=_value(config, "norm_topk_prob", False),
+        router_aux_loss_coef=_value(config, "router_aux_loss_coef", _AUX_LOSS_COEF),
     )
     return replace(_read_qwen3(config, replace(model, head_dim=head_dim)), moe=moe)
 

@@ -20,6 +20,9 @@ class MoeSpec:
     num_active_groups: int = 1
     routed_scaling_factor: float = 1.0
     normalize_top_k: bool = True  # the weights of the chosen experts sum to 1
+    # Weight of the load-balancing loss over the experts, in Hugging Face's convention: the loss of a balanced router
+    # is top_k times this. 0: none.
+    router_aux_loss_coef: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("num_experts", "expert_ffn_hidden_size", "num_groups", "num_active_groups"):
@@ -29,6 +32,10 @@ class MoeSpec:
             raise ValueError(
                 f"model.moe.num_groups={self.num_groups} does not divide "
                 f"model.moe.num_experts={self.num_experts}"
+            )
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(
+                f"model.moe.router_aux_loss_coef={self.router_aux_loss_coef} must not be negative; 0 turns it off"
             )
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 # fp8 and nvfp4: matrix products in that format, under whichever scaling recipe; everything else as in bf16.
@@ -127,3 +128,15 @@ class Plan:
     def global_batch_size(self) -> int:
         """Sequences per optimizer step."""
         return self.micro_batch_size * self.num_microbatches * self.dp
+
+    def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
+        """Return the layers of each of the pp * vp chunks, in the order of the model."""
+        return self.pipeline_split or even_split(num_layers, self.pp * self.vp)
+
+
+@lru_cache(maxsize=4096)
+def even_split(num_layers: int, chunks: int) -> tuple[int, ...]:
+    """Return layers by chunk; what does not divide goes to the middle, where neither embedding nor head is."""
+    least, over = divmod(num_layers, chunks)
+    start = (chunks - over + 1) // 2
+    return tuple(least + (start <= chunk < start + over) for chunk in range(chunks))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from launcher.errors import PlanError
 from launcher.planner.problem import Problem, divisors, listed, text_of
-from launcher.planner.stages import even_split
 from strategies.base import Capabilities
 from strategies.model_spec import ModelSpec
+from strategies.spec import even_split
 
 # Unasked, stages are cut into no more chunks: each one adds messages for ever less bubble.
 _MAX_VP = 12

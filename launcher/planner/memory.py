@@ -53,6 +53,8 @@ class MemoryModel:
     def of(self, plan: Plan, stage: StageShape) -> tuple[MemoryCost, float]:
         """Return bytes on the device and bytes on the host, for one rank of `stage`."""
         state = self._capabilities.state_bytes_of(plan)
+        if self._capabilities.shards_whole_experts and self._model.moe:
+            stage = replace(stage, expert_pieces=self._model.moe.num_experts // plan.ep)
         if self._execution.frozen_weights:
             # The adapters' own are a hundredth of the weights or less.
             state = replace(

@@ -11,9 +11,8 @@ from typing import Any
 from launcher.errors import PlanError
 from launcher.planner.layouts import Layout, World, layouts_of, no_layout, worlds
 from launcher.planner.problem import PlanRequest, Problem, check_problem, divisors, listed
-from launcher.planner.stages import even_split
 from strategies.base import Capabilities
-from strategies.spec import Plan, Recompute
+from strategies.spec import Plan, Recompute, even_split
 
 __all__ = [
     "Batch",
@@ -218,7 +217,8 @@ class Space:
                         offload_parameters=on_host[1],
                         rank_order=order,
                     )
-                    reason = self.capabilities.why_not(self.plan(layout, Batch(size=1, count=1), switches))
+                    plan = self.plan(layout, Batch(size=1, count=1), switches)
+                    reason = self.capabilities.why_not(plan, self.problem.model)
                     if reason is None:
                         yield switches
                     self._refusal = self._refusal or reason

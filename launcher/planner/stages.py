@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,7 @@ class StageShape:
     expert_parameters: float  # sharded over the ranks that hold the same experts
     layer_parameters: float  # of one of its largest layers: what ZeRO 3 gathers at a time
     root_parameters: float  # embedding, final norm and head: gathered as one unit
+    expert_pieces: int = 0  # parts that a layer's experts can be sharded into at most; 0: any number
 
     @property
     def num_layers(self) -> int:
@@ -67,30 +69,21 @@ def stage_kinds(model: ModelSpec, plan: Plan) -> list[StageKind]:
 
 def stage_layers(model: ModelSpec, plan: Plan) -> list[tuple[int, int]]:
     """Return (dense, mixture) layers of every stage; chunk c of stage s is the (c * pp + s)-th of the model."""
-    chunks = plan.pipeline_split or (model.num_layers, plan.pp * plan.vp)
-    return _dealt(
-        chunks, even=not plan.pipeline_split, pp=plan.pp, num_dense=model.num_layers - model.num_moe_layers
-    )
+    chunks = plan.layers_by_chunk(model.num_layers)
+    return _dealt(chunks, pp=plan.pp, num_dense=model.num_layers - model.num_moe_layers)
 
 
 @lru_cache(maxsize=4096)
-def _dealt(chunks: tuple[int, ...], *, even: bool, pp: int, num_dense: int) -> list[tuple[int, int]]:
+def _dealt(chunks: tuple[int, ...], *, pp: int, num_dense: int) -> list[tuple[int, int]]:
     """Deal chunks out to `pp` stages in turn; the first `num_dense` layers have no experts."""
     found = [[0, 0] for _ in range(pp)]
     first = 0
-    for position, layers in enumerate(even_split(*chunks) if even else chunks):
+    for position, layers in enumerate(chunks):
         dense = min(layers, max(0, num_dense - first))
         found[position % pp][0] += dense
         found[position % pp][1] += layers - dense
         first += layers
     return [(dense, moe) for dense, moe in found]
-
-
-def even_split(num_layers: int, chunks: int) -> tuple[int, ...]:
-    """Return layers by chunk; what does not divide goes to the middle, where neither embedding nor head is."""
-    least, over = divmod(num_layers, chunks)
-    start = (chunks - over + 1) // 2
-    return tuple(least + (start <= chunk < start + over) for chunk in range(chunks))
 
 
 def _stage(model: ModelSpec, plan: Plan, index: int, *, dense_layers: int, moe_layers: int) -> StageShape:
@@ -124,8 +117,10 @@ def _experts_per_layer(model: ModelSpec, plan: Plan) -> float:
 
 
 def owned_parameters(stage: StageShape, plan: Plan) -> float:
-    """Parameters that one rank owns where they are sharded over all ranks that hold the same ones."""
-    return stage.parameters / (plan.dp * plan.cp) + stage.expert_parameters / expert_replicas(plan)
+    """Parameters that the fullest rank owns where they are sharded over all ranks that hold the same ones."""
+    replicas, pieces = expert_replicas(plan), stage.expert_pieces
+    share = math.ceil(pieces / replicas) / pieces if pieces else 1 / replicas
+    return stage.parameters / (plan.dp * plan.cp) + stage.expert_parameters * share
 
 
 def expert_replicas(plan: Plan) -> float:

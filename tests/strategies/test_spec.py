@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from strategies.spec import Plan, TrainingSpec
+from strategies.spec import Plan, TrainingSpec, even_split
 
 TRAINING = TrainingSpec(
     sequence_length=128, global_batch_size=8, num_steps=100, learning_rate=1e-3, warmup_steps=10
@@ -63,3 +63,12 @@ def test_a_plan_refuses_degrees_below_one_and_unknown_stages() -> None:
         Plan(strategy="fake", dp=1, tp=0)
     with pytest.raises(ValueError, match=r"plan\.zero_stage=4 .* use one of 0, 1, 2, 3"):
         Plan(strategy="fake", dp=1, zero_stage=4)
+
+
+def test_layers_that_do_not_divide_go_to_the_middle_chunks() -> None:
+    assert even_split(8, 4) == (2, 2, 2, 2)
+    assert even_split(10, 4) == (2, 3, 3, 2)
+    assert even_split(9, 4) == (2, 2, 3, 2)
+    plan = Plan(strategy="fake", dp=1, pp=2, vp=2)
+    assert plan.layers_by_chunk(9) == (2, 2, 3, 2)
+    assert replace(plan, pipeline_split=(1, 3, 3, 2)).layers_by_chunk(9) == (1, 3, 3, 2)

@@ -11,10 +11,9 @@ from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.errors import PlanError
 from launcher.planner.layouts import Layout, layouts_of, padded_vocabulary, worlds
 from launcher.planner.problem import PlanRequest, Problem
-from launcher.planner.stages import even_split
 from strategies.base import Capabilities, StateBytes
 from strategies.model_spec import ModelSpec, MoeSpec
-from strategies.spec import TrainingSpec
+from strategies.spec import TrainingSpec, even_split
 
 MODEL = ModelSpec(
     name="m",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.planner.stages import StageShape, even_split, expert_replicas, stage_layers, stages_of
+from launcher.planner.stages import StageShape, expert_replicas, owned_parameters, stage_layers, stages_of
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan
 
@@ -78,9 +78,6 @@ def test_a_middle_stage_of_experts_is_looked_at() -> None:
 
 
 def test_layers_that_do_not_divide_go_to_the_middle() -> None:
-    assert even_split(8, 4) == (2, 2, 2, 2)
-    assert even_split(10, 4) == (2, 3, 3, 2)
-    assert even_split(9, 4) == (2, 2, 3, 2)
     assert [layers for layers, _ in stage_layers(replace(GPT, num_layers=10), plan_of(pp=4))] == [2, 3, 3, 2]
 
 
@@ -93,3 +90,13 @@ def test_a_given_split_is_followed_chunk_by_chunk() -> None:
     assert [shape.num_layers for shape in lopsided] == [2, 6]
     assert (lopsided[0].has_embedding, lopsided[0].has_head) == (True, False)
     assert (lopsided[1].has_embedding, lopsided[1].has_head) == (False, True)
+
+
+def test_experts_that_are_not_cut_leave_whole_ones_on_the_fullest_rank() -> None:
+    plan = plan_of(dp=16)
+    shape = next(shape for shape in stages_of(MOE, plan) if shape.expert_parameters)
+    assert MOE.moe is not None
+    even = owned_parameters(shape, plan)
+    for pieces, share in ((64, 1 / 16), (16, 1 / 16), (8, 1 / 8), (24, 2 / 24)):
+        whole = owned_parameters(replace(shape, expert_pieces=pieces), plan)
+        assert whole - even == pytest.approx(shape.expert_parameters * (share - 1 / 16))
