@@ -13,11 +13,12 @@ ADAPTERS = {
     "accelerate": "strategies.accelerate:AccelerateStrategy",
     "deepspeed": "strategies.deepspeed:DeepSpeedStrategy",
     "fake": "strategies.fake:FakeStrategy",
+    "megatron": "strategies.megatron:MegatronStrategy",
 }
 # The package behind each engine; `fake` has none and is never chosen for anybody.
-ENGINE_PACKAGES = {"accelerate": "accelerate", "deepspeed": "deepspeed"}
+ENGINE_PACKAGES = {"accelerate": "accelerate", "deepspeed": "deepspeed", "megatron": "megatron"}
 # Engines whose capabilities are known and whose adapter is still to come.
-PLANNED_ONLY = {"colossalai": "strategies.colossalai", "megatron": "strategies.megatron"}
+PLANNED_ONLY = {"colossalai": "strategies.colossalai"}
 
 
 def engines() -> list[str]:

@@ -6,10 +6,11 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf
+from strategies import hf, process
 from strategies.base import Capabilities, StateBytes, StepResult, Strategy
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
@@ -18,8 +19,10 @@ from strategies.spec import Plan, TrainingSpec
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from transformers import PreTrainedModel
 
     from strategies.base import MicroBatch
+    from strategies.inspection import Inspection
 
 # What of Accelerate's settings may be passed through. `sync_each_batch` trades memory for communication:
 # true reduces gradients after every micro-batch (FSDP2's default here: gradients stay sharded), false keeps
@@ -64,8 +67,9 @@ CAPABILITIES = Capabilities(
         ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=8, gathered=4),
         ("bf16", 3): StateBytes(weights=4, gradients=4, optimizer=8, gathered=2),
     },
+    shards_whole_experts=True,
     shards_single_rank=False,
-    reshardable=True,
+    reshardable=frozenset({"dp", "zero_stage"}),
     engine_keys=ENGINE_KEYS,
     owned_engine_keys=OWNED_ENGINE_KEYS,
     sync_engine_key="sync_each_batch",
@@ -85,26 +89,31 @@ class AccelerateStrategy(Strategy):
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Wrap the model of `weights` in DDP or FSDP2."""
+        self._enter(plan, training)
+        sharded_elsewhere = plan.zero_stage > 0 and self.dp_rank > 0
+        build = hf.build_empty_model if sharded_elsewhere else hf.build_model
+        self._wrap(build(weights, model))
+
+    def _enter(self, plan: Plan, training: TrainingSpec) -> None:
         if refusal := self.capabilities.why_not(plan):
             raise ValueError(refusal)
         check(plan.engine, self.capabilities)
         self._plan, self._training = plan, training
         hf.be_quiet()
-        hf.set_deterministic(training)
-        hf.local_device()
+        process.set_deterministic(training)
+        process.local_device()
         before = dict(os.environ)
         self._accelerator = _create_accelerator(plan, training)
         # Accelerate speaks to transformers, and to its next instance, through variables.
         self._replaced = {n: before.get(n) for n, value in os.environ.items() if value != before.get(n)}
         self.dp_rank = self._accelerator.process_index
-        hf.seed_everything(training, rank=self.dp_rank)
-        sharded_elsewhere = plan.zero_stage > 0 and self.dp_rank > 0
-        build = hf.build_empty_model if sharded_elsewhere else hf.build_model
-        network = build(weights, model)
-        hf.enable_recompute(network, plan)
+        process.seed_everything(training, rank=self.dp_rank)
+
+    def _wrap(self, network: PreTrainedModel) -> None:
+        hf.enable_recompute(network, self._plan)
         self._balance = hf.balance_coefficient(network)
-        groups = hf.parameter_groups(network, training)
-        optimizer = hf.create_optimizer(groups, training)
+        groups = hf.parameter_groups(network, self._training)
+        optimizer = hf.create_optimizer(groups, self._training)
         self._model, self._optimizer = self._accelerator.prepare(network, optimizer)
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
@@ -126,7 +135,7 @@ class AccelerateStrategy(Strategy):
         self._optimizer.step()
         # DDP's gradients are views into its buckets; dropping them would make accumulation pay for both.
         self._optimizer.zero_grad(set_to_none=self._plan.zero_stage > 0)
-        return StepResult(loss=hf.mean_of(losses), grad_norm=_to_float(norm))
+        return StepResult(loss=process.mean_of(losses), grad_norm=_to_float(norm))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""
@@ -137,7 +146,7 @@ class AccelerateStrategy(Strategy):
             losses = [hf.model_loss(self._model, batch, self._accelerator.device) for batch in batches]
         self._model.train()
         _reshard(self._model)
-        return hf.mean_of(losses)
+        return process.mean_of(losses)
 
     def save(self, directory: Path) -> None:
         """Write sharded model and optimizer with torch's distributed checkpoint."""
@@ -164,6 +173,16 @@ class AccelerateStrategy(Strategy):
             optim_state_dict=state["optimizer"],
         )
 
+    def export(self, directory: Path) -> None:
+        """Gather the weights on rank 0, in fp32, as they are trained."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self._model, options=options)
+        if self.dp_rank == 0:
+            self._accelerator.unwrap_model(self._model).save_pretrained(directory, state_dict=state)
+        self._accelerator.wait_for_everyone()
+
     def teardown(self) -> None:
         """Forget the model and Accelerate's process-wide state."""
         from accelerate.state import AcceleratorState, GradientState
@@ -175,6 +194,34 @@ class AccelerateStrategy(Strategy):
             del os.environ[name]
             if value is not None:
                 os.environ[name] = value
+
+    @classmethod
+    def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
+        """Set up and step as one rank of a world that is not there."""
+        from strategies.fake_world import empty_batches, fake_world, leave_unsent, measure
+
+        # A longer step holds no more than two micro-batches do; DDP's gradients are there before the first.
+        few = min(plan.num_microbatches, 2 if plan.zero_stage else 1)
+        plan, strategy = replace(plan, num_microbatches=few), cls()
+        with fake_world(rank=rank, world_size=plan.world_size) as ledger:
+            strategy._enter(plan, training)
+            if plan.zero_stage:
+                # The shards are made where they stay; to fill them from rank 0 there is nothing.
+                strategy._accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+            strategy._wrap(hf.build_unfilled_model(model))
+            if plan.zero_stage == 0 and plan.dp > 1:
+                strategy._model.register_comm_hook(None, lambda state, bucket: leave_unsent(bucket))
+            batches = empty_batches(plan, training)
+            found = measure(
+                ledger,
+                network=strategy._model,
+                optimizer=strategy._optimizer.optimizer,
+                step=lambda: strategy.train_step(batches, learning_rate=0.0),
+                # Stage 2 reads gathered weights until the backward pass; the shards serve the optimizer.
+                gathered=plan.zero_stage == 2,
+            )
+            strategy.teardown()
+        return found
 
     def _communication(self, *, last: bool) -> AbstractContextManager[Any]:
         sharded = self._plan.zero_stage > 0

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from strategies.inspection import Inspection
+
     # (micro_batch_size, sequence_length + 1) token ids: inputs are [:, :-1], labels [:, 1:].
     MicroBatch = NDArray[np.int64]
 
@@ -119,9 +121,15 @@ class Capabilities:
     # Each returns one sentence why a plan is impossible, or None. They may look at switches, and at which degrees
     # exceed 1, but at no other number: the planner asks once for all sizes.
     rules: tuple[Callable[[Plan], str | None], ...] = ()
+    # As `rules`, where the kind of model decides as well: its family, whether it has experts; none of its sizes.
+    model_rules: tuple[Callable[[Plan, ModelSpec], str | None], ...] = ()
     execution: Execution = field(default_factory=Execution)
+    # ZeRO cuts a layer's experts between, never inside, one of them (FSDP2 cuts the first dimension, and transformers
+    # keeps a layer's experts in one tensor): with more ranks than experts, some ranks hold a whole one.
+    shards_whole_experts: bool = False
     shards_single_rank: bool = True  # do ZeRO stages above 0 exist where there is nothing to shard over?
-    reshardable: bool = False  # can load() accept a checkpoint of another plan?
+    # Keys of the plan in which load() accepts a checkpoint of another plan.
+    reshardable: frozenset[str] = frozenset()
     # Where a ZeRO stage holds something else than `state_bytes` of its precision says.
     stage_state_bytes: Mapping[tuple[Precision, int], StateBytes] = field(default_factory=dict)
     # Communication buffers of a ZeRO stage above 0: so many elements, but not more than the model has.
@@ -163,8 +171,8 @@ class Capabilities:
             if any(key == name or key.startswith(f"{name}.") for name in names)
         )
 
-    def why_not(self, plan: Plan) -> str | None:
-        """One sentence why this plan is not possible with this engine, or None."""
+    def why_not(self, plan: Plan, model: ModelSpec | None = None) -> str | None:
+        """One sentence why this plan is not possible with this engine (and this kind of model), or None."""
         for degree in ("tp", "pp", "vp", "cp", "ep", "etp"):
             value = getattr(plan, degree)
             if value > 1 and degree not in self.degrees:
@@ -190,7 +198,10 @@ class Capabilities:
                 "use plan.zero_stage=0, or more GPUs"
             )
         found = self._why_not_switches(plan) or self._why_not_shape(plan)
-        return found or next((reason for rule in self.rules if (reason := rule(plan))), None)
+        found = found or next((reason for rule in self.rules if (reason := rule(plan))), None)
+        if found or model is None:
+            return found
+        return next((reason for rule in self.model_rules if (reason := rule(plan, model))), None)
 
     def _why_not_shape(self, plan: Plan) -> str | None:
         if plan.pipeline_split and not self.uneven_pipeline:
@@ -280,9 +291,21 @@ class Strategy(ABC):
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote."""
 
+    def export(self, directory: Path) -> None:
+        """Write the weights as a Hugging Face folder; every rank calls it, rank 0 writes."""
+        raise ValueError(
+            f"{type(self).__name__} does not export weights yet; "
+            "strategies that do: accelerate, megatron (see the README)"
+        )
+
     @abstractmethod
     def teardown(self) -> None:
         """Free what `setup` took. The process group belongs to the worker."""
+
+    @classmethod
+    def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
+        """Build what `rank` of the planned world would hold, without that world; raise what the engine raises."""
+        raise ValueError(f"strategy={plan.strategy} is no engine, so that nothing of it can be verified")
 
 
 def _listed(values: frozenset[int] | frozenset[str]) -> str:

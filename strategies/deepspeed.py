@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf
+from strategies import hf, process
 from strategies.base import Capabilities, StateBytes, StepResult, Strategy
 from strategies.deepspeed_config import BUCKET_ELEMENTS, to_deepspeed_config
 from strategies.deepspeed_keys import ACCEPTED, OWNED, UNPRICED, UNUSED
@@ -21,8 +21,10 @@ from strategies.spec import Plan, TrainingSpec
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from strategies.base import MicroBatch
+    from strategies.inspection import Inspection
 
 CAPABILITIES = Capabilities(
     zero_stages=frozenset({0, 1, 2, 3}),
@@ -65,24 +67,31 @@ class DeepSpeedStrategy(Strategy):
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Hand model and torch's AdamW to a DeepSpeed engine."""
-        if refusal := self.capabilities.why_not(plan):
+        config = self._enter(plan, model, training)
+        self._initialize(_build_model(weights, model, config), training, config)
+
+    def _enter(self, plan: Plan, model: ModelSpec, training: TrainingSpec) -> dict[str, Any]:
+        if refusal := self.capabilities.why_not(plan, model):
             raise ValueError(refusal)
         check(plan.engine, self.capabilities)
         deepspeed = _import_deepspeed()
         import torch.distributed as dist
 
         self._plan = plan
-        hf.set_deterministic(training)
-        self._device = hf.local_device()
-        _join_single_rank_group()
+        process.set_deterministic(training)
+        self._device = process.local_device()
+        process.join_single_rank_group()
         deepspeed.init_distributed()
         self.dp_rank = dist.get_rank()
-        hf.seed_everything(training, rank=self.dp_rank)
-        config = to_deepspeed_config(plan, model, training)
-        network = _build_model(weights, model, config)
-        hf.enable_recompute(network, plan)
+        process.seed_everything(training, rank=self.dp_rank)
+        return to_deepspeed_config(plan, model, training)
+
+    def _initialize(self, network: PreTrainedModel, training: TrainingSpec, config: dict[str, Any]) -> None:
+        import deepspeed
+
+        hf.enable_recompute(network, self._plan)
         self._balance = hf.balance_coefficient(network)
-        optimizer = _create_optimizer(network, plan, training)
+        optimizer = _create_optimizer(network, self._plan, training)
         with redirect_stdout(StringIO()):  # it prints memory tables
             self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
 
@@ -102,7 +111,7 @@ class DeepSpeedStrategy(Strategy):
             self._engine.step()
         norm = plain_norm if self._plan.zero_stage == 0 else self._engine.get_global_grad_norm()
         skipped = not self._engine.was_step_applied()
-        return StepResult(loss=hf.mean_of(losses), grad_norm=float(norm), skipped=skipped)
+        return StepResult(loss=process.mean_of(losses), grad_norm=float(norm), skipped=skipped)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""
@@ -112,7 +121,7 @@ class DeepSpeedStrategy(Strategy):
         with torch.no_grad():
             losses = [hf.model_loss(self._engine, batch, self._device) for batch in batches]
         self._engine.train()
-        return hf.mean_of(losses)
+        return process.mean_of(losses)
 
     def save(self, directory: Path) -> None:
         """Write DeepSpeed's own checkpoint under a fixed tag."""
@@ -128,6 +137,27 @@ class DeepSpeedStrategy(Strategy):
         """Free the engine's hooks and buffers."""
         self._engine.destroy()
         del self._engine
+
+    @classmethod
+    def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
+        """Set up and step as one rank of a world that is not there."""
+        from strategies import deepspeed_inspect
+        from strategies.fake_world import empty_batches, fake_world
+
+        # A longer step holds no more than two micro-batches do.
+        plan, strategy = replace(plan, num_microbatches=min(plan.num_microbatches, 2)), cls()
+        _import_deepspeed()
+        with fake_world(rank=rank, world_size=plan.world_size) as ledger, deepspeed_inspect.agreeing_ranks():
+            config = strategy._enter(plan, model, training)
+            with deepspeed_inspect.sharded_building(config):
+                network = hf.build_unfilled_model(model)
+            strategy._initialize(network, training, config)
+            batches = empty_batches(plan, training)
+            found = deepspeed_inspect.inspect(
+                ledger, strategy._engine, lambda: strategy.train_step(batches, learning_rate=0.0)
+            )
+            strategy.teardown()
+        return found
 
     def _plain_norm(self) -> torch.Tensor:
         """Without ZeRO the engine clips but keeps no norm; after `backward` every rank has all gradients."""
@@ -153,22 +183,7 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def _join_single_rank_group() -> None:
-    """Open a group of one where the worker opened none: DeepSpeed asks for one, no network is needed.
-
-    It stays open until the process ends, because DeepSpeed remembers its groups.
-    """
-    import torch
-    import torch.distributed as dist
-
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if not dist.is_initialized():
-        # gloo alone would take the reductions of a GPU's gradients through host memory.
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-
-
-def _build_model(weights: Path, model: ModelSpec, config: dict[str, Any]) -> torch.nn.Module:
+def _build_model(weights: Path, model: ModelSpec, config: dict[str, Any]) -> PreTrainedModel:
     """Load the weights; under ZeRO-3 straight into shards, so that no rank ever holds the whole model."""
     if config["zero_optimization"]["stage"] < 3:
         return hf.build_model(weights, model)

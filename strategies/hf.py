@@ -1,4 +1,4 @@
-"""What the Hugging Face based adapters share: weights, model, loss, parameter groups, determinism.
+"""What the Hugging Face based adapters share: weights, model, loss, parameter groups.
 
 torch and transformers are imported inside the functions, so that the adapters can be read without them.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +94,17 @@ def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
             setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
     network.tie_weights()
     return _for_training(network)
+
+
+def build_unfilled_model(model: ModelSpec) -> PreTrainedModel:
+    """Build the model from its shape alone, for tensors that have no memory."""
+    be_quiet()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**to_hf_config(model))
+    config.use_cache = False
+    return _for_training(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
 def be_quiet() -> None:
@@ -191,63 +200,8 @@ def set_learning_rate(optimizer: Any, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def local_device() -> torch.device:
-    """Return this process' GPU (by LOCAL_RANK) and make it current, or the CPU where there is none."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
-
-
-def seed_everything(training: TrainingSpec, *, rank: int) -> None:
-    """Seed Python, NumPy and torch, each rank differently: dropout must not repeat across ranks."""
-    import numpy as np
-    import torch
-
-    seed = training.seed * 1_000_003 + rank
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def set_deterministic(training: TrainingSpec) -> None:
-    """Trade speed for bit-equal repeats where `training.deterministic` asks for it."""
-    import torch
-
-    if not training.deterministic:
-        return
-    # Read when a cuBLAS handle and a communicator are made, both of which happen later.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "Ring")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-
-
-def mean_of(losses: Sequence[torch.Tensor]) -> float:
-    """Average the losses of this rank's micro-batches, and over the ranks."""
-    import torch
-
-    return mean_over_ranks(torch.stack(list(losses)).mean())
-
-
-def mean_over_ranks(value: torch.Tensor) -> float:
-    """Average a scalar over the process group, or return it where there is none."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return float(value)
-
-
-def _read_config(weights: Path, model: ModelSpec) -> Any:
-    from transformers import AutoConfig
-
+def check_weights(weights: Path, model: ModelSpec) -> None:
+    """Raise ValueError unless the folder `weights` says that it holds `model`."""
     file = weights / "config.json"
     if not file.is_file():
         raise ValueError(f"weights={weights} has no config.json; give a folder of Hugging Face weights")
@@ -258,6 +212,12 @@ def _read_config(weights: Path, model: ModelSpec) -> Any:
             raise ValueError(
                 f"model.{key}={ours} does not match {theirs} in {file}; use the model these weights belong to"
             )
+
+
+def _read_config(weights: Path, model: ModelSpec) -> Any:
+    from transformers import AutoConfig
+
+    check_weights(weights, model)
     config = AutoConfig.from_pretrained(weights, local_files_only=True)
     config.use_cache = False
     return config

@@ -1,6 +1,6 @@
 """One rank of the parity suite: trains every plan of a JSON file, one after the other, and writes what rank 0 saw.
 
-Started by test_parity.py: python -m torch.distributed.run ... parity_worker.py CASES.json RESULTS.json
+Started by conftest.py: python -m torch.distributed.run ... parity_worker.py CASES.json RESULTS.json
 """
 
 from __future__ import annotations
@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 import strategies
+from launcher.decode import decode
 from strategies.base import Strategy
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -36,10 +40,11 @@ def main() -> None:
 
 
 def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    training, plan = TrainingSpec(**job["training"]), Plan(**case["plan"])
+    training, plan = TrainingSpec(**job["training"]), decode(Plan, case["plan"])
     data = np.load(job["data"])
     strategy = strategies.load(plan.strategy)()
-    strategy.setup(plan, ModelSpec(**job["model"]), training, Path(job["weights"]))
+    with sabotaged(case["sabotage"]):
+        strategy.setup(plan, decode(ModelSpec, job["model"]), training, Path(job["weights"]))
     if case["load"]:
         strategy.load(Path(case["load"]))
     losses, norms = [], []
@@ -53,6 +58,19 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
     strategy.teardown()
     return {"losses": losses, "norms": norms, "evaluated": evaluated}
+
+
+def sabotaged(words: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Have the translation say other `words` to Megatron-core, as if nothing watched over them."""
+    if not words:
+        return nullcontext()
+    from strategies.megatron import adapter, settings
+
+    def translate(*args: Any, **options: Any) -> Any:
+        right = settings.to_settings(*args, **options)
+        return replace(right, transformer={**right.transformer, **words})
+
+    return mock.patch.object(adapter, "to_settings", translate)
 
 
 def save(strategy: Strategy, directory: Path) -> None:

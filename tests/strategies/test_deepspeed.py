@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies.deepspeed import CAPABILITIES, DeepSpeedStrategy, _join_single_rank_group
+from strategies.deepspeed import CAPABILITIES, DeepSpeedStrategy
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -106,16 +106,3 @@ def test_offload_is_offered_where_deepspeed_has_it(stage: int) -> None:
     parameters = Plan(strategy="deepspeed", dp=2, zero_stage=stage, offload_parameters=True)
     assert (CAPABILITIES.why_not(optimizer) is None) is (stage > 0)
     assert (CAPABILITIES.why_not(parameters) is None) is (stage == 3)
-
-
-@pytest.mark.parametrize(("cuda", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
-def test_a_single_rank_reduces_where_its_tensors_are(
-    monkeypatch: pytest.MonkeyPatch, cuda: bool, backend: str
-) -> None:
-    opened: list[str] = []
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda name, **_: opened.append(name))
-    _join_single_rank_group()
-    assert opened == [backend]

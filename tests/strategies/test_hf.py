@@ -163,19 +163,6 @@ def test_recompute_is_switched_on_and_changes_no_gradient(weights: Path, recompu
         assert torch.equal(ours.grad, theirs.grad)
 
 
-def test_deterministic_is_switched_on_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NCCL_ALGO", raising=False)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    hf.set_deterministic(TRAINING)
-    assert not torch.are_deterministic_algorithms_enabled()
-    try:
-        hf.set_deterministic(replace(TRAINING, deterministic=True))
-        assert torch.are_deterministic_algorithms_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-
-
 def test_the_optimizer_is_fused_everywhere(weights: Path) -> None:
     groups = hf.parameter_groups(hf.build_model(weights, MODEL), TRAINING)
     assert hf.create_optimizer(groups, TRAINING).defaults["fused"] is True

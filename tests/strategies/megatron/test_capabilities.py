@@ -8,9 +8,21 @@ from typing import Any
 import pytest
 
 from strategies.megatron import CAPABILITIES
+from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan
 
 PLAN = Plan(strategy="megatron", dp=4, tp=2, sequence_parallel=True)
+DENSE = ModelSpec(
+    name="tiny",
+    model_type="mixtral",
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    ffn_hidden_size=32,
+    vocab_size=32,
+    max_position_embeddings=32,
+)
+MIXTURE = replace(DENSE, moe=MoeSpec(num_experts=4, top_k=2, expert_ffn_hidden_size=32))
 
 ALLOWED: list[dict[str, Any]] = [
     {},
@@ -25,9 +37,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"zero_stage": 2}, "megatron has no plan.zero_stage=2; use one of 0, 1"),
     ({"zero_stage": 3}, "megatron has no plan.zero_stage=3; use one of 0, 1"),
     (
-        {"ep": 4, "sequence_parallel": False},
-        "megatron cannot train experts with plan.tp=2 and plan.sequence_parallel=false; "
-        "use plan.sequence_parallel=true, or plan.tp=1",
+        {"tp": 1},
+        "megatron has no plan.sequence_parallel=true with plan.tp=1 (model_parallel_config.py); "
+        "use plan.sequence_parallel=false, or plan.tp above 1",
     ),
     (
         {"offload_optimizer": True},
@@ -57,6 +69,16 @@ def test_what_it_can_do(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("changes", "sentence"), REFUSED, ids=[sentence[:60] for _, sentence in REFUSED])
 def test_what_it_cannot_do(changes: dict[str, Any], sentence: str) -> None:
     assert CAPABILITIES.why_not(replace(PLAN, **changes)) == sentence
+
+
+def test_experts_on_tensor_parallel_ranks_want_sequence_parallelism() -> None:
+    plan = replace(PLAN, sequence_parallel=False)
+    assert CAPABILITIES.why_not(plan, DENSE) is None
+    assert CAPABILITIES.why_not(PLAN, MIXTURE) is None
+    assert CAPABILITIES.why_not(plan, MIXTURE) == (
+        "megatron cannot train experts with plan.tp=2 and plan.sequence_parallel=false; "
+        "use plan.sequence_parallel=true, or plan.tp=1"
+    )
 
 
 def test_its_states_take_18_bytes_in_16_bits_and_16_in_32() -> None:

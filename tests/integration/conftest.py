@@ -1,0 +1,245 @@
+"""The parity bench: plans of engines, trained by real ranks, resumed by new ones, against one plain PyTorch loop."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.decode import decode
+from strategies import hf
+from strategies.model_spec import ModelSpec
+from strategies.spec import TrainingSpec
+
+ROOT = Path(__file__).parents[2]
+NUM_STEPS = 20
+SAVE_AFTER = NUM_STEPS // 2
+SCHEDULE: dict[str, Any] = {
+    "sequence_length": 16,
+    "global_batch_size": 8,
+    "num_steps": NUM_STEPS,
+    "learning_rate": 1e-2,
+    "warmup_steps": 3,
+    "max_grad_norm": 0.5,  # below the norm of nearly every step: clipping is active
+    "seed": 3,
+}
+_DENSE: dict[str, Any] = {
+    "name": "tiny",
+    "model_type": "llama",
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "ffn_hidden_size": 64,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+}
+_EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_ffn_hidden_size": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": _DENSE,
+    "deep": {**_DENSE, "num_layers": 4},
+    "mixture": {**_DENSE, "model_type": "mixtral", "moe": _EXPERTS},
+    # One layer with experts, and a loss that balances them: so the engines' formulas are the same.
+    "balanced": {
+        **{**_DENSE, "model_type": "qwen3_moe", "head_dim": 8, "qk_norm": True},
+        "moe": {**_EXPERTS, "num_dense_layers": 1, "router_aux_loss_coef": 0.05},
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One plan to train: what it pins, on how many ranks, which model, in how many micro-batches."""
+
+    plan: Mapping[str, Any]
+    world_size: int = 2
+    shape: str = "dense"
+    num_microbatches: int = 2
+    sabotage: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # words for the engine that only a fault would say
+
+    @property
+    def start(self) -> tuple[int, str]:
+        """What cases that share a start of processes have in common."""
+        return self.world_size, self.shape
+
+    def as_plan(self) -> dict[str, Any]:
+        """Return the plan whole: data parallel ranks are what the degrees leave."""
+        inside = [self.plan.get(degree, 1) for degree in ("tp", "pp", "cp")]
+        dp = self.world_size // int(np.prod(inside))
+        sequences = SCHEDULE["global_batch_size"] // dp // self.num_microbatches
+        split = {"dp": dp, "num_microbatches": self.num_microbatches, "micro_batch_size": sequences}
+        return {"precision": "fp32", **self.plan, **split}
+
+
+class Bench:
+    """Weights and data made once; ranks of one start train all its cases, new ones resume them."""
+
+    def __init__(
+        self, folder: Path, cases: Mapping[str, Case], resumed: Mapping[str, tuple[str, Case]]
+    ) -> None:
+        self._folder, self._cases, self._resumed = folder, cases, resumed
+        np.save(folder / "data.npy", learnable_tokens())
+        self._weights = cache(self._make_weights)
+        self._starts: dict[tuple[str, int, str], dict[str, Any] | BaseException] = {}
+        self.reference = cache(self._make_reference)
+
+    def trained(self, name: str) -> dict[str, Any]:
+        """Losses, norms and evaluation of all steps."""
+        return self._started("train", self._cases[name].start)[name]
+
+    def resumed(self, name: str) -> dict[str, Any]:
+        """The same from SAVE_AFTER on: a case continued by itself, or one of the bench's `resumed`."""
+        if name in self._resumed:
+            source, case = self._resumed[name]
+            self.trained(source)
+        else:
+            case = self._cases[name]
+            self.trained(name)
+        return self._started("resume", case.start)[name]
+
+    def _started(self, verb: str, start: tuple[int, str]) -> Any:
+        """Return what the ranks of one start found; a start that failed fails all its tests and is not repeated."""
+        key = (verb, *start)
+        if key not in self._starts:
+            try:
+                cases = self._to_train(start) if verb == "train" else self._to_resume(start)
+                self._starts[key] = self._run(cases, start, verb)
+            except AssertionError as error:
+                self._starts[key] = error
+        found = self._starts[key]
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _to_train(self, start: tuple[int, str]) -> dict[str, Any]:
+        return {
+            name: {
+                **{"plan": case.as_plan(), "sabotage": dict(case.sabotage)},
+                **{"first": 0, "last": NUM_STEPS, "load": None},
+                **{"save": str(self._folder / name), "save_after": SAVE_AFTER},
+            }
+            for name, case in self._cases.items()
+            if case.start == start
+        }
+
+    def _to_resume(self, start: tuple[int, str]) -> dict[str, Any]:
+        again = [(name, name, case) for name, case in self._cases.items()]
+        other = [(name, source, case) for name, (source, case) in self._resumed.items()]
+        for _, source, case in other:
+            if case.start == start:
+                self.trained(source)
+        return {
+            name: {
+                **{"plan": case.as_plan(), "sabotage": {}, "load": str(self._folder / source)},
+                **{"first": SAVE_AFTER, "last": NUM_STEPS, "save": None, "save_after": None},
+            }
+            for name, source, case in [*again, *other]
+            if case.start == start and not case.sabotage
+        }
+
+    def _run(self, cases: dict[str, Any], start: tuple[int, str], verb: str) -> dict[str, Any]:
+        world_size, shape = start
+        label = f"{verb}-{world_size}-{shape}"
+        job, results = self._folder / f"{label}.json", self._folder / f"{label}-results.json"
+        shared = {"model": SHAPES[shape], "training": SCHEDULE, "data": str(self._folder / "data.npy")}
+        content = {**shared, "weights": str(self._weights(shape)), "cases": cases}
+        job.write_text(json.dumps(content), encoding="utf-8")
+        worker = str(Path(__file__).with_name("parity_worker.py"))
+        torchrun([worker, str(job), str(results)], world_size=world_size)
+        answer: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
+        return answer
+
+    def _make_weights(self, shape: str) -> Path:
+        weights = self._folder / f"weights-{shape}"
+        hf.create_weights(decode(ModelSpec, SHAPES[shape]), TrainingSpec(**SCHEDULE), weights)
+        return weights
+
+    def _make_reference(self, shape: str = "dense") -> dict[str, Any]:
+        return train_plainly(self._weights(shape), np.load(self._folder / "data.npy"))
+
+
+@pytest.fixture(scope="module")
+def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """The CASES of a test module, and its RESUMED: name -> (case whose checkpoint is read, case that reads it)."""
+    cases = {name: Case(**words) for name, words in request.module.CASES.items()}
+    resumed = {name: (source, Case(**words)) for name, (source, words) in request.module.RESUMED.items()}
+    return Bench(tmp_path_factory.mktemp("parity"), cases, resumed)
+
+
+def learnable_tokens() -> np.ndarray:
+    """Global batches (step, sequence, position): counting modulo the vocabulary, with noise."""
+    draw, vocabulary = np.random.default_rng(1), _DENSE["vocab_size"]
+    shape = (NUM_STEPS + 1, SCHEDULE["global_batch_size"], SCHEDULE["sequence_length"] + 1)
+    start = draw.integers(0, vocabulary, (*shape[:2], 1))
+    counted = (start + np.arange(shape[2])) % vocabulary
+    return np.where(draw.random(shape) < 0.2, draw.integers(0, vocabulary, shape), counted)
+
+
+def torchrun(arguments: Iterable[str], *, world_size: int) -> None:
+    """Run a worker script on so many ranks; its output is shown where it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    process = subprocess.Popen(
+        [*command, *rendezvous, *arguments],
+        env={**os.environ, **extra},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-30000:]
+
+
+def train_plainly(weights: Path, data: np.ndarray) -> dict[str, Any]:
+    """The reference: one process, the whole global batch, nothing but torch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    training = TrainingSpec(**SCHEDULE)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": training.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_eps,
+    )
+
+    def loss_of(batch: np.ndarray) -> torch.Tensor:
+        tokens = torch.from_numpy(batch)
+        logits = model(input_ids=tokens[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
+
+    losses, norms = [], []
+    for step in range(NUM_STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate_at(step)
+        loss = loss_of(data[step])
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    with torch.no_grad():
+        return {"losses": losses, "norms": norms, "evaluated": float(loss_of(data[NUM_STEPS]))}
