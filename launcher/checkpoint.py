@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -29,9 +29,12 @@ MANIFEST = "manifest.json"
 _COMMITTED = re.compile(r"step_(\d{10})")
 _LEFTOVER = re.compile(r"step_(\d{10})\.(?:\w+\.)?tmp")
 _CHUNK_BYTES = 8 * 2**20
-# The fields that decide how an engine cuts its files; the others may change between two starts of a run.
-_LAYOUT = ("dp", "tp", "pp", "vp", "cp", "ep", "etp", "zero_stage", "rank_order")
-_LAYOUT_SWITCHES = ("offload_optimizer", "offload_parameters")
+# The fields that decide how an engine cuts its files; the others may change between two starts of a run. What of
+# them may change as well, the engine says when it saves (Capabilities.reshardable).
+LAYOUT = (
+    *("dp", "tp", "pp", "vp", "cp", "ep", "etp", "zero_stage", "rank_order"),
+    *("offload_optimizer", "offload_parameters"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -85,6 +88,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     created: str  # UTC, ISO 8601
     data: str  # content hash of the dataset
+    reshardable: tuple[str, ...] = ()  # keys of the plan in which a run that reads this may differ
 
 
 class CheckpointStore:
@@ -125,6 +129,7 @@ class CheckpointStore:
         training: TrainingSpec,
         versions: Mapping[str, str],
         data: str,
+        reshardable: Collection[str],
     ) -> Path:
         """Make what lies aside count: checksums, manifest, rename, prune. Call once all ranks wrote."""
         aside, final = self._aside(step), self.path_of(step)
@@ -145,6 +150,7 @@ class CheckpointStore:
                 files=files,
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 data=data,
+                reshardable=tuple(sorted(reshardable)),
             )
             _write_manifest(aside, manifest)
             if final.exists():  # a damaged one that this run has trained past again
@@ -204,15 +210,12 @@ class CheckpointStore:
             if leftover and int(leftover[1]) <= _step_of(newest):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def check_belongs(
-        self, manifest: Manifest, *, plan: Plan, model: ModelSpec, dataset_hash: str, reshardable: bool
-    ) -> None:
+    def check_belongs(self, manifest: Manifest, *, plan: Plan, model: ModelSpec, dataset_hash: str) -> None:
         """Raise CheckpointError naming every field in which the checkpoint is not this run's."""
         # Weights and data position only make sense with the same model and corpus; a label may change.
         compared = [("model", f.name) for f in fields(ModelSpec) if f.name != "name"]
         compared += [("plan", name) for name in ("strategy", "precision")]
-        if not reshardable:
-            compared += [("plan", name) for name in (*_LAYOUT, *_LAYOUT_SWITCHES)]
+        compared += [("plan", name) for name in LAYOUT if name not in manifest.reshardable]
         now = {"model": model, "plan": plan}
         differences = []
         for group, name in compared:

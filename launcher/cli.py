@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
 import psutil
 
@@ -25,9 +22,11 @@ from launcher import (
     planner,
     probe,
     provenance,
+    replan,
     run_dir,
     show,
     supervise,
+    verify,
 )
 from launcher.cluster import detect
 from launcher.config import Job
@@ -35,17 +34,20 @@ from launcher.data.tokens import prepare
 from launcher.errors import (
     FINISHED,
     INTERRUPTED,
+    CheckFailed,
     ClusterError,
     ConfigError,
     EngineError,
     LauncherError,
     RunDirError,
 )
+from launcher.output import Output, open_standard_streams, print_line
 from launcher.report.page import page
 from launcher.run_dir import RunDir
 from strategies import ENGINE_PACKAGES
+from strategies.model_spec import ModelSpec
 from strategies.names import suggest
-from strategies.spec import Plan
+from strategies.spec import Plan, TrainingSpec
 
 USAGE = """\
 meshwright VERB [key=value ...] [--json]
@@ -53,13 +55,18 @@ meshwright VERB [key=value ...] [--json]
   plan              compute a parallelism plan, explain it, and stop; report=plan.html writes it as a page,
                     --why tp=4,pp=2 says why another plan is not the choice, --sensitivity which hardware
                     would change it
+  verify [RUN_DIR]  build the engine's own model for ranks of the planned world, here and without its hardware,
+                    and compare it with the prediction: --rank N for one rank, --all-stages for every stage
   train             plan, freeze a run directory, and train here
-  resume RUN_DIR    go on from the newest good checkpoint
+  resume RUN_DIR    go on from the newest good checkpoint; plan.tp=1 and the like behind it go on under another
+                    plan, where the engine's checkpoints allow it
+  export RUN_DIR FOLDER
+                    write the weights of the newest good checkpoint as a Hugging Face folder
   show RUN_DIR      plan, state, metrics, predicted against measured
   probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
-`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan and train:
+`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify and train:
 --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
@@ -67,62 +74,10 @@ Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 
 130 Ctrl-C, 143 terminated."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Where results go: text for a person, or one JSON document and nothing else on stdout."""
-
-    as_json: bool
-
-    def say(self, text: str) -> None:
-        """Tell a person; with --json that is stderr's business."""
-        _print(text, sys.stderr if self.as_json else sys.stdout)
-
-    def result(self, data: dict[str, Any], text: str | None = None) -> None:
-        """Print the result of a verb."""
-        if self.as_json:
-            _print(json.dumps(_finite(data), allow_nan=False), sys.stdout)
-        elif text:
-            _print(text, sys.stdout)
-
-
-def _print(text: str, stream: TextIO) -> None:
-    try:
-        print(text, file=stream, flush=True)
-    except BrokenPipeError:
-        # The reader left (`| head`): nobody is to be told, and a training run goes on all the same.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    except OSError as error:
-        raise LauncherError(f"the output cannot be written: {error.strerror}") from error
-
-
-def _finite(data: Any) -> Any:
-    """NaN and infinity are no JSON; they become null."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
 def main() -> NoReturn:
     """Entry point of the console command."""
-    _open_standard_streams()
+    open_standard_streams()
     sys.exit(run(sys.argv[1:]))
-
-
-def _open_standard_streams() -> None:
-    """Give closed streams (`>&-`) somewhere to go, or the next file we open would take their place."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            # The lowest free number is the closed one; the workers inherit it.
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path outside the locale is no reason to fail
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -144,7 +99,7 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
     if os.environ.get("MESHWRIGHT_DEBUG"):
         traceback.print_exc()
     with contextlib.suppress(LauncherError):  # where nothing can be written, the exit code still speaks
-        _print(f"meshwright: {' '.join(str(error).split())}", sys.stderr)
+        print_line(f"meshwright: {' '.join(str(error).split())}", sys.stderr)
         output.result({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
     return code
 
@@ -152,12 +107,12 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
     if verb in ("--help", "-h", "help") or (
-        verb in ("resume", "show", "probe") and rest in (["--help"], ["-h"])
+        verb in ("resume", "export", "show", "probe") and rest in (["--help"], ["-h"])
     ):
-        _print(USAGE, sys.stdout)
+        print_line(USAGE, sys.stdout)
         return FINISHED
     if verb == "--version":
-        _print(f"meshwright {__version__}", sys.stdout)
+        print_line(f"meshwright {__version__}", sys.stdout)
         return FINISHED
     if verb in ("-sc", "--shell-completion"):
         compose.complete_shell(words, list(VERBS))
@@ -186,6 +141,28 @@ def _compose(arguments: list[str], output: Output) -> list[Job]:
     if output.as_json and _only_asks(arguments):
         raise ConfigError(f"--json has no document for {' '.join(arguments)}; leave --json out")
     return compose.jobs(arguments)
+
+
+def _verify(arguments: list[str], output: Output) -> int:
+    asked, words = verify.take(arguments)
+    for model, plan, training in _plans_to_verify(words, output):
+        verified = verify.verify(model, plan, training, asked)
+        output.result(verify.to_json(verified), verify.to_text(verified))
+        if verified.problem is not None:
+            # The figures are the answer; a fault would put its own document in their place.
+            print_line(f"meshwright: {verified.problem}", sys.stderr)
+            return CheckFailed.exit_code
+    return FINISHED
+
+
+def _plans_to_verify(words: list[str], output: Output) -> Iterator[tuple[ModelSpec, Plan, TrainingSpec]]:
+    if verify.names_a_run(words):
+        run = _open_argument("verify", words)
+        yield run.job().model, run.plan(), run.job().training
+        return
+    plan_command.refuse("verify", words)
+    for ranking in map(rank, _compose(words, output)):
+        yield ranking.problem.model, ranking.choose().plan, ranking.problem.training
 
 
 def _train(arguments: list[str], output: Output) -> int:
@@ -318,7 +295,15 @@ def _notes(job: Job) -> list[str]:
 
 
 def _resume(arguments: list[str], output: Output) -> int:
-    run = _open_argument("resume", arguments)
+    words = [word for word in arguments[1:] if not word.startswith("-")]
+    run = _open_argument("resume", [word for word in arguments if word not in words])
+    if words and _under_torchrun():
+        raise ConfigError(
+            f"'{words[0]}' cannot be planned by ranks that torchrun has started already; "
+            "`meshwright resume RUN_DIR plan.KEY=VALUE` replans and starts them itself"
+        )
+    if words:
+        replan.replan(run, words, rank=rank)
     if _under_torchrun():
         if os.environ["RANK"] == "0":
             _take_over(run)
@@ -327,6 +312,22 @@ def _resume(arguments: list[str], output: Output) -> int:
         return _report(run, output)
     _check_host(run.job(), run.plan())
     return _drive(run, output)
+
+
+def _export(arguments: list[str], output: Output) -> int:
+    if len(arguments) != 2 or any(word.startswith("-") for word in arguments):
+        raise ConfigError(
+            "`meshwright export RUN_DIR FOLDER` takes a run directory and a folder for the weights, "
+            f"not '{' '.join(arguments)}'"
+        )
+    run, folder = _open_argument("export", arguments[:1]), Path(arguments[1]).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an empty folder; choose another for the weights")
+    _check_host(run.job(), run.plan())
+    code = supervise.run_workers(run, quiet_stdout=output.as_json, export=folder)
+    if code == FINISHED:
+        output.result({"weights": str(folder)}, f"weights {folder}")
+    return code
 
 
 def _show(arguments: list[str], output: Output) -> int:
@@ -340,9 +341,7 @@ def _open_argument(verb: str, arguments: Sequence[str]) -> RunDir:
             f"'{flags[0]}' is not a flag of `meshwright {verb} RUN_DIR`; --json is the only one"
         )
     if len(arguments) != 1:
-        raise ConfigError(
-            f"`meshwright {verb}` takes one run directory, not {len(arguments)} words; the run is frozen"
-        )
+        raise ConfigError(f"`meshwright {verb}` takes one run directory, not {len(arguments)} words")
     return run_dir.open_run(Path(arguments[0]).expanduser())
 
 
@@ -387,8 +386,10 @@ def _become_worker(arguments: Sequence[str]) -> NoReturn:
 
 VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "plan": _plan,
+    "verify": _verify,
     "train": _train,
     "resume": _resume,
     "show": _show,
+    "export": _export,
     "probe": _probe,
 }

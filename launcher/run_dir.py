@@ -41,6 +41,11 @@ class RunDir:
         return self.path / "plan.json"
 
     @property
+    def old_plans(self) -> Path:
+        """Plans that the run was resumed away from, oldest first."""
+        return self.path / "plans"
+
+    @property
     def data_file(self) -> Path:
         """Which prepared token files the run reads."""
         return self.path / "data.json"
@@ -165,6 +170,22 @@ def create(
             f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
         ) from error
     return RunDir(path=path.resolve())
+
+
+def refreeze(run: RunDir, *, job: Job, plan: Mapping[str, Any]) -> None:
+    """Put another plan in place of the frozen one, which stays in plans/; plan.json counts from the last rename on."""
+    try:
+        run.old_plans.mkdir(exist_ok=True)
+        shutil.copy(run.plan_file, run.old_plans / f"plan_{len(list(run.old_plans.iterdir())) + 1:04d}.json")
+        config, frozen = (file.with_name(f"{file.name}.part") for file in (run.config_file, run.plan_file))
+        config.write_text(yaml.safe_dump(encode(job), sort_keys=False), encoding="utf-8")
+        _write_json(frozen, {"format": PLAN_FORMAT, **plan})
+        config.replace(run.config_file)
+        frozen.replace(run.plan_file)
+    except OSError as error:
+        raise RunDirError(
+            f"{run.path} cannot be written: {error.strerror}; the plan stays as it was, make the folder writable"
+        ) from error
 
 
 def check_free(path: Path) -> None:

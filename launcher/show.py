@@ -15,7 +15,6 @@ STATES = {
     "created": "created",
     "launched": "starting",
     "started": "running",
-    "resumed": "running",
     "stopped": "stopped",
     "interrupted": "interrupted",
     "failed": "failed",

@@ -30,6 +30,7 @@ from launcher.submit import local
 
 _FULL_DISK_BYTES = 2**20
 _STDERR = 2  # a descriptor: sys.stderr may be somebody's replacement without one
+EXPORT = "--export"  # before the folder, behind RUN_DIR: the workers write the weights and leave
 LAUNCHER_PID = "MESHWRIGHT_LAUNCHER_PID"  # told to the workers, who stop when it is gone
 _SIGNAL_EXIT_CODES = {signal.SIGHUP: HUNG_UP, signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
 # How gloo says that another rank is gone.
@@ -61,19 +62,25 @@ class _StopRequests:
             _kill(self.process, signal.SIGTERM if self.count == 2 else signal.SIGKILL)
 
 
-def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
-    """Start the workers and wait for them. Return 0, 130 or 143; raise what a rank died of."""
+def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) -> int:
+    """Start the workers, to train or to export, and wait for them.
+
+    Return 0, 129, 130 or 143; raise what a rank died of.
+    """
     job, plan = run.job(), run.plan()
     local.check_port(job.submit.port)
     descriptor = lock(run)
     _forget_last_start(run)
     command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port)
+    if export is not None:
+        command += [EXPORT, str(export)]
     environment = local.environment(
         os.environ,
         num_processes=plan.world_size,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
     )
-    run.log_event("launched", command=command)
+    # An export leaves the state of the run as it was.
+    run.log_event("launched" if export is None else "exporting", command=command)
     requests = _StopRequests(run=run)
     with (run.logs / "stderr.log").open("ab") as stderr, _handling(requests):
         start = stderr.tell()
@@ -88,10 +95,16 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
         )
         code = requests.process.wait()
     os.close(descriptor)
-    return _conclude(run, code=code, requests=requests, stderr_from=start)
+    return _conclude(
+        run,
+        code=code,
+        requests=requests,
+        stderr_from=start,
+        fault="failed" if export is None else "export_failed",
+    )
 
 
-def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: int) -> int:
+def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: int, fault: str) -> int:
     finished = next((event["event"] for event in reversed(list(run.events()))), None) == "finished"
     # One request that ends in a fault is a fault: the checkpoint it promised may be missing.
     if requests.received is not None and not finished and (code == 0 or requests.count > 1):
@@ -101,7 +114,7 @@ def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: i
     if code == 0:
         return 0
     failure = explain(run, code=code, stderr_from=stderr_from)
-    run.log_event("failed", type=type(failure).__name__, message=str(failure), exit_code=failure.exit_code)
+    run.log_event(fault, type=type(failure).__name__, message=str(failure), exit_code=failure.exit_code)
     raise failure
 
 

@@ -77,7 +77,6 @@ class Trainer:
             plan=self.plan,
             model=self.job.model,
             dataset_hash=self.dataset.content_hash,
-            reshardable=self.strategy.capabilities.reshardable,
         )
         self.strategy.load(path / "engine")
         self._restore_random_state(path)
@@ -110,6 +109,7 @@ class Trainer:
                 training=self.job.training,
                 versions=self.versions,
                 data=self.dataset.content_hash,
+                reshardable=self.strategy.capabilities.reshardable,
             )
             seconds = time.perf_counter() - started
             logger.info("checkpoint at step %d written in %.1f s", self.step, seconds)

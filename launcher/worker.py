@@ -20,7 +20,14 @@ import strategies
 from launcher import ranks as torch_side
 from launcher.config import Job
 from launcher.decode import encode
-from launcher.errors import ClusterError, DeviceMemoryError, EngineError, LauncherError, TrainingError
+from launcher.errors import (
+    CheckpointError,
+    ClusterError,
+    DeviceMemoryError,
+    EngineError,
+    LauncherError,
+    TrainingError,
+)
 from launcher.monitor import log
 from launcher.monitor.metrics import MetricsFile, truncate_after
 from launcher.monitor.progress import Reporter
@@ -28,8 +35,9 @@ from launcher.monitor.writers import Writer, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
-from launcher.supervise import LAUNCHER_PID
+from launcher.supervise import EXPORT, LAUNCHER_PID
 from launcher.trainer import Process, Trainer
+from strategies import environment
 from strategies.spec import Plan
 
 logger = logging.getLogger(__name__)
@@ -40,6 +48,8 @@ SHARE = "--share"
 def main(arguments: list[str]) -> int:
     """Run this rank; return its exit code."""
     store = None
+    export = Path(arguments.pop()) if EXPORT in arguments else None
+    arguments = [word for word in arguments if word != EXPORT]
     where = None if arguments == [FROM_RANK0] else arguments[-1]
     if FROM_RANK0 in arguments or SHARE in arguments:
         where, store = torch_side.share_run_dir(where)
@@ -48,7 +58,7 @@ def main(arguments: list[str]) -> int:
     run = RunDir(path=Path(where))
     try:
         run = open_run(Path(where))
-        _work(run, store=store)
+        _work(run, store=store, export=export)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -56,7 +66,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _work(run: RunDir, *, store: Store | None) -> None:
+def _work(run: RunDir, *, store: Store | None, export: Path | None) -> None:
     job, plan, dataset = run.job(), run.plan(), run.dataset()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != plan.world_size:
@@ -64,6 +74,10 @@ def _work(run: RunDir, *, store: Store | None) -> None:
             f"WORLD_SIZE={world_size} does not match the frozen plan of {plan.world_size} ranks "
             f"(dp={plan.dp} tp={plan.tp} pp={plan.pp} cp={plan.cp}); start {plan.world_size} processes"
         )
+    try:
+        environment.apply(environment.environment(plan, job.training), os.environ)
+    except ValueError as error:
+        raise EngineError(str(error)) from error
     on_device = plan.strategy in strategies.ENGINE_PACKAGES and job.cluster.gpu.device == "cuda"
     ranks = torch_side.connect(os.environ, on_device=on_device, store=store)
     log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
@@ -84,6 +98,30 @@ def _work(run: RunDir, *, store: Store | None) -> None:
     )
     log.quiet_libraries()  # engines install handlers of their own when they are imported
     trainer.restore()
+    if export is not None:
+        _export(trainer, export)
+    else:
+        _train(trainer, run, job, ranks)
+    trainer.strategy.teardown()
+    # Only on the good way out: beside a failed rank this would wait for peers that never come.
+    torch_side.disconnect()
+
+
+def _export(trainer: Trainer, directory: Path) -> None:
+    if trainer.step == 0:
+        raise CheckpointError(
+            f"{trainer.run.checkpoints} holds no checkpoint yet, so there is nothing to export; train first"
+        )
+    try:
+        trainer.strategy.export(directory)
+    except ValueError as error:  # an adapter's own refusal, in a sentence
+        raise EngineError(str(error)) from error
+    if trainer.ranks.rank == 0:
+        trainer.run.log_event("exported", step=trainer.step, directory=str(directory))
+        logger.info("weights of step %d written to %s", trainer.step, directory)
+
+
+def _train(trainer: Trainer, run: RunDir, job: Job, ranks: Ranks) -> None:
     hosts = sorted(set(ranks.gather(socket.gethostname())))
     if ranks.rank == 0:
         run.log_event("started", step=trainer.step, hosts=hosts)
@@ -96,9 +134,6 @@ def _work(run: RunDir, *, store: Store | None) -> None:
     finally:
         for sink in trainer.sinks:
             sink.close()
-    trainer.strategy.teardown()
-    # Only on the good way out: beside a failed rank this would wait for peers that never come.
-    torch_side.disconnect()
 
 
 def _open_sinks(run: RunDir, job: Job, *, start_step: int) -> tuple[Writer, ...]:

@@ -37,7 +37,7 @@ def store_in(root: Path, *, keep_last: int = 2, keep_every: int = 0) -> Checkpoi
     return CheckpointStore(root, CheckpointPolicy(keep_last=keep_last, keep_every=keep_every))
 
 
-def commit(store: CheckpointStore, step: int) -> Path:
+def commit(store: CheckpointStore, step: int, *, reshardable: frozenset[str] = frozenset()) -> Path:
     return store.commit(
         step,
         consumed_samples=8 * step,
@@ -46,16 +46,17 @@ def commit(store: CheckpointStore, step: int) -> Path:
         training=TRAINING,
         versions={"torch": "2.13.0"},
         data="abc123",
+        reshardable=reshardable,
     )
 
 
-def save(store: CheckpointStore, step: int) -> Path:
+def save(store: CheckpointStore, step: int, *, reshardable: frozenset[str] = frozenset()) -> Path:
     aside = store.begin(step)
     (aside / "engine" / "rank_0.bin").write_bytes(bytes([step % 256]) * 1000)
     (aside / "engine" / "deep" / "er").mkdir(parents=True)
     (aside / "engine" / "deep" / "er" / "empty").write_bytes(b"")
     (aside / "rng" / "rank_0.json").write_text('{"seed": 1}')
-    return commit(store, step)
+    return commit(store, step, reshardable=reshardable)
 
 
 def names(root: Path) -> list[str]:
@@ -304,7 +305,7 @@ def test_the_same_run_belongs(tmp_path: Path) -> None:
     # What leaves the engine's files as they are may change between two starts.
     plan = replace(PLAN, micro_batch_size=1, num_microbatches=4, recompute="full", engine={})
     model = replace(MODEL, name="renamed")
-    store.check_belongs(manifest_of(store), plan=plan, model=model, dataset_hash="abc123", reshardable=False)
+    store.check_belongs(manifest_of(store), plan=plan, model=model, dataset_hash="abc123")
 
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
@@ -315,7 +316,6 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
             plan=replace(PLAN, dp=4, zero_stage=1),
             model=replace(MODEL, num_layers=3),
             dataset_hash="def456",
-            reshardable=False,
         )
     for part in (
         "checkpoint step 20 does not belong to this run",
@@ -330,17 +330,19 @@ def test_every_difference_is_listed(tmp_path: Path) -> None:
 
 def test_an_engine_that_reshards_takes_another_split_but_not_another_engine(tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    manifest = manifest_of(store)
-    other = replace(PLAN, dp=4, tp=1, zero_stage=3)
-    store.check_belongs(manifest, plan=other, model=MODEL, dataset_hash="abc123", reshardable=True)
+    manifest = store.verify(save(store, 20, reshardable=frozenset({"dp", "zero_stage"})))
+    assert manifest.reshardable == ("dp", "zero_stage")
+    other = replace(PLAN, dp=4, zero_stage=3)
+    store.check_belongs(manifest, plan=other, model=MODEL, dataset_hash="abc123")
     with pytest.raises(CheckpointError, match=r"plan\.strategy: fake in the checkpoint, deepspeed now"):
         store.check_belongs(
             manifest,
             plan=replace(other, strategy="deepspeed"),
             model=MODEL,
             dataset_hash="abc123",
-            reshardable=True,
         )
+    with pytest.raises(CheckpointError, match=r"plan\.tp: 2 in the checkpoint, 1 now"):
+        store.check_belongs(manifest, plan=replace(PLAN, tp=1), model=MODEL, dataset_hash="abc123")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""Another plan for a run that has begun: `resume RUN_DIR plan.tp=1`, checked against its newest good checkpoint.
+
+The new plan is frozen in place of the old one, which stays beside it; everything else of the run is as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from launcher import run_dir
+from launcher.checkpoint import CheckpointStore
+from launcher.config import Job
+from launcher.decode import decode, encode
+from launcher.errors import ConfigError
+from launcher.planner import Ranking
+from launcher.planner.explain import to_json
+from launcher.run_dir import RunDir
+
+_CLUSTER_KEYS = ("cluster.num_nodes", "cluster.gpus_per_node")
+
+
+def replan(run: RunDir, words: Sequence[str], *, rank: Callable[[Job], Ranking]) -> None:
+    """Plan `run` anew under `words` and freeze the result; raise before anything is changed where it cannot be."""
+    job = with_words(run.job(), words, strategy=run.plan().strategy)
+    lock = run_dir.lock(run)
+    try:
+        ranking = rank(job)
+        chosen = ranking.choose().plan
+        _check_checkpoint(run, job, ranking)
+        before = run.plan()
+        run_dir.refreeze(run, job=job, plan=to_json(ranking))
+        run.log_event("replanned", words=list(words), before=encode(before), after=encode(chosen))
+    finally:
+        os.close(lock)
+
+
+def with_words(job: Job, words: Sequence[str], *, strategy: str) -> Job:
+    """Return the frozen `job` with the plan's and the cluster's keys in `words` set; nothing else may change."""
+    data: dict[str, Any] = encode(job)
+    for word in words:
+        key, sign, text = word.partition("=")
+        section, _, name = key.partition(".")
+        if not sign or not ((section == "plan" and name) or key in _CLUSTER_KEYS):
+            raise ConfigError(
+                f"'{word}' cannot be changed when a run is resumed; only plan.KEY=VALUE, "
+                f"{' and '.join(f'{key}=N' for key in _CLUSTER_KEYS)} can, the rest is frozen"
+            )
+        try:
+            data[section][name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"'{word}' has a value that cannot be read; write key=value") from error
+    changed = decode(Job, data)
+    # Files of one engine are not another's: the planner may not choose again.
+    return replace(changed, strategy=replace(changed.strategy, name=strategy))
+
+
+def _check_checkpoint(run: RunDir, job: Job, ranking: Ranking) -> None:
+    store = CheckpointStore(run.checkpoints, job.checkpoint)
+    skipped: list[str] = []
+    found = store.latest_good(skipped.append)
+    if found is not None:
+        plan, data = ranking.choose().plan, run.dataset().content_hash
+        store.check_belongs(found[1], plan=plan, model=job.model, dataset_hash=data)

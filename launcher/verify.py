@@ -1,0 +1,340 @@
+"""`meshwright verify`: asks the engine itself what ranks of a planned world hold, and compares the prediction."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import strategies as adapters
+from launcher import compose
+from launcher.cluster import detect
+from launcher.decode import decode, encode
+from launcher.errors import ConfigError, EngineError, PlanError
+from launcher.planner.layouts import padded_vocabulary
+from launcher.planner.memory import MemoryModel
+from launcher.planner.stages import StageShape, stage_kinds, stages_of
+from launcher.planner.tables import describe, grid, percent_text
+from launcher.submit import local
+from strategies.engine_options import check
+from strategies.inspection import Inspection
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+WORKER = "launcher.verify_worker"
+RANK, ALL_STAGES = "--rank", "--all-stages"
+TOLERANCE = 0.02  # by which the bytes of model states may differ from the prediction
+_LIMIT_S = 1800.0
+_MOST_PROCESSES = 4  # of half a GiB each
+
+STATES = ("weights", "gradients", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Which ranks to verify: some by number, one of each stage, or one of each kind of stage."""
+
+    ranks: tuple[int, ...] = ()
+    all_stages: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One part of what a rank holds, as the engine has it and as it was predicted; None: nobody knows."""
+
+    part: str
+    engine: int | None
+    predicted: int
+
+    @property
+    def difference(self) -> float | None:
+        """By what share the engine's figure is above the prediction."""
+        if self.engine is None or not self.predicted:
+            return None if self.engine != self.predicted else 0.0
+        return self.engine / self.predicted - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFound:
+    """One rank: its pipeline stage, rows by part, and what stayed open."""
+
+    rank: int
+    stage: int
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def states(self) -> Row:
+        """Weights, gradients and optimizer together."""
+        return next(row for row in self.rows if row.part == "states")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """Everything that was found out about one plan."""
+
+    plan: Plan
+    ranks: tuple[RankFound, ...]
+
+    @property
+    def problem(self) -> str | None:
+        """One sentence where model states are not what was predicted, or None."""
+        for found in self.ranks:
+            difference = found.states.difference
+            if difference is None or abs(difference) > TOLERANCE:
+                return (
+                    f"{self.plan.strategy} holds {found.states.engine:,} bytes of model states on rank {found.rank} "
+                    f"(stage {found.stage}), {_signed(difference)} of what was predicted; the engine is right: "
+                    "choose a plan with room for it, and report the difference"
+                )
+        return None
+
+
+def take(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
+    """Take our flags out of the words; the rest is a run directory or what `plan` reads."""
+    ranks: list[int] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == RANK:
+            ranks.append(_rank(value if equals else next(words, "")))
+        elif word != ALL_STAGES:
+            rest.append(word)
+    return Asked(ranks=tuple(ranks), all_stages=ALL_STAGES in arguments), rest
+
+
+def names_a_run(words: Sequence[str]) -> bool:
+    """Tell whether the words are one run directory; anything else is composed."""
+    return len(words) == 1 and "=" not in words[0] and not words[0].startswith("-")
+
+
+def verify(model: ModelSpec, plan: Plan, training: TrainingSpec, asked: Asked | None = None) -> Verified:
+    """Ask the engine about every rank wanted; raise PlanError or EngineError with what it refuses."""
+    asked = asked or Asked()
+    _check(plan, model)
+    ranks = _ranks(model, plan, asked)
+    answers = _ask(model, plan, training, list(ranks))
+    predicted = _Predictions(model, plan, training)
+    found = []
+    for answer in answers:
+        rank = answer["rank"]
+        if "error" in answer:
+            _refuse(plan, answer)
+        inspection = decode(Inspection, answer["inspection"])
+        found.append(
+            RankFound(
+                rank=rank,
+                stage=ranks[rank],
+                rows=tuple(_rows(inspection, predicted.of(ranks[rank]))),
+                notes=inspection.notes,
+                seconds=answer["seconds"],
+            )
+        )
+    return Verified(plan=plan, ranks=tuple(found))
+
+
+def _check(plan: Plan, model: ModelSpec) -> None:
+    """Raise for what is known before an engine is asked: no adapter, no package, a plan that it does not offer."""
+    compose.check_trainable(plan.strategy)
+    package = compose.missing_package(plan.strategy)
+    if package is not None:
+        raise EngineError(
+            f"strategy={plan.strategy} needs the package '{package}', which is not installed; "
+            f"pip install 'meshwright[{plan.strategy}]'"
+        )
+    for key in ("offload_optimizer", "offload_parameters"):
+        if getattr(plan, key):
+            raise ConfigError(
+                f"plan.{key}=true cannot be verified: without a GPU, the host's memory and the device's are one; "
+                f"use plan.{key}=false"
+            )
+    capabilities = adapters.capabilities(plan.strategy)
+    if refusal := capabilities.why_not(plan, model):
+        raise PlanError(refusal)
+    try:
+        check(plan.engine, capabilities)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _rank(text: str) -> int:
+    if not text.isdigit():
+        raise ConfigError(f"{RANK}={text} is not the number of a rank; write {RANK} 0")
+    return int(text)
+
+
+def _ranks(model: ModelSpec, plan: Plan, asked: Asked) -> dict[int, int]:
+    """Return rank -> pipeline stage of the ranks to inspect; elsewhere than in its stage, each is the first."""
+    stride = 1
+    for axis in plan.rank_order[: plan.rank_order.index("pp")]:
+        stride *= getattr(plan, axis)
+    for rank in asked.ranks:
+        if rank >= plan.world_size:
+            raise ConfigError(f"{RANK}={rank} is not in a world of {plan.world_size} ranks; use less")
+    if asked.ranks:
+        return {rank: rank // stride % plan.pp for rank in asked.ranks}
+    stages = range(plan.pp) if asked.all_stages else [stage.index for stage in stages_of(model, plan)]
+    return {stage * stride: stage for stage in stages}
+
+
+# ---- the prediction -----------------------------------------------------------------------------------------------
+
+
+class _Predictions:
+    """What the planner expects on the ranks of each stage, by the names of our rows."""
+
+    def __init__(self, model: ModelSpec, plan: Plan, training: TrainingSpec) -> None:
+        capabilities = adapters.capabilities(plan.strategy)
+        rows = padded_vocabulary(model, multiple=capabilities.vocabulary_multiple, tp=plan.tp)
+        self._model, self._plan = replace(model, vocab_size=rows), plan
+        self._memory = MemoryModel(self._model, training, capabilities)
+
+    def of(self, stage: int) -> dict[str, float]:
+        """Return elements and bytes of one rank of `stage`."""
+        shape = self._shape(stage)
+        cost, _ = self._memory.of(self._plan, shape)
+        return {
+            "parameters": shape.all_parameters,
+            "weights": cost.weights,
+            "gradients": cost.gradients,
+            "optimizer": cost.optimizer,
+            "states": cost.weights + cost.gradients + cost.optimizer,
+            "working": cost.activations + cost.logits + cost.buffers,
+        }
+
+    def _shape(self, stage: int) -> StageShape:
+        kind = stage_kinds(self._model, self._plan)[stage]
+        alike = next(shape for shape in stages_of(self._model, self._plan) if shape.kind == kind)
+        return replace(alike, index=stage)
+
+
+def _rows(found: Inspection, predicted: Mapping[str, float]) -> Iterator[Row]:
+    engine = {
+        "parameters": found.parameters,
+        "weights": found.weight_bytes,
+        "gradients": found.gradient_bytes,
+        "optimizer": found.optimizer_bytes,
+        "states": found.state_bytes,
+        "working": found.working_bytes,
+    }
+    for part, value in engine.items():
+        yield Row(part=part, engine=value, predicted=round(predicted[part]))
+
+
+# ---- the engine ---------------------------------------------------------------------------------------------------
+
+
+def _ask(model: ModelSpec, plan: Plan, training: TrainingSpec, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """Deal the ranks out to a few processes: each is one rank after the other, as importing an engine takes long."""
+    inputs = {"model": encode(model), "plan": encode(plan), "training": encode(training)}
+    count = max(1, min(len(ranks), detect.count_cores(), _MOST_PROCESSES))
+    with (
+        tempfile.TemporaryDirectory(prefix="meshwright-verify-") as folder,
+        ThreadPoolExecutor(count) as pool,
+    ):
+        hands = [pool.submit(_run, Path(folder) / str(i), inputs, ranks[i::count]) for i in range(count)]
+        answers = [answer for hand in hands for answer in hand.result()]
+    return sorted(answers, key=lambda answer: ranks.index(answer["rank"]))
+
+
+def _run(place: Path, inputs: Mapping[str, Any], ranks: Sequence[int]) -> list[dict[str, Any]]:
+    request, results = place.with_suffix(".request.json"), place.with_suffix(".results.json")
+    content = {**inputs, "ranks": list(ranks), "results": str(results)}
+    request.write_text(json.dumps(content), encoding="utf-8")
+    command = local.argv(run_dir=request, num_processes=1, port=None, module=WORKER)
+    _finish(command, str(inputs["plan"]["strategy"]))
+    answers: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
+    return answers
+
+
+def _finish(command: Sequence[str], engine: str) -> None:
+    environment = local.environment(os.environ, num_processes=1, num_cores=detect.count_cores())
+    # Shapes are all that is looked at: a GPU that is here stays untouched.
+    environment.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=_LIMIT_S)
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"{engine} did not answer within {_LIMIT_S:.0f} s") from error
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        stderr.seek(0)
+        said = stderr.read().decode("utf-8", errors="replace").strip()
+    if os.environ.get("MESHWRIGHT_DEBUG"):
+        print(said, file=sys.stderr)
+    if code:
+        last = said.splitlines()[-1].strip() if said else "nothing was said"
+        raise EngineError(f"{engine} cannot be asked (exit code {code}): {last}")
+
+
+def _refuse(plan: Plan, answer: Mapping[str, Any]) -> None:
+    """Raise what the engine, or our translation for it, said about a rank."""
+    if answer["ours"]:
+        raise PlanError(str(answer["error"]))
+    raise EngineError(f"{plan.strategy} refuses this plan on rank {answer['rank']}: {answer['error']}")
+
+
+# ---- telling ------------------------------------------------------------------------------------------------------
+
+
+def to_json(verified: Verified) -> dict[str, Any]:
+    """Plan, rows of every rank, what stayed open, and the sentence where states differ."""
+    return {
+        "plan": encode(verified.plan),
+        "tolerance": TOLERANCE,
+        "problem": verified.problem,
+        "ranks": [
+            {
+                "rank": found.rank,
+                "stage": found.stage,
+                "seconds": found.seconds,
+                "parts": {
+                    row.part: {
+                        "engine": row.engine,
+                        "predicted": row.predicted,
+                        "difference": row.difference,
+                    }
+                    for row in found.rows
+                },
+                "not_verified": list(found.notes),
+            }
+            for found in verified.ranks
+        ],
+    }
+
+
+def to_text(verified: Verified) -> str:
+    """The same for a person: a table, and what stayed open, a line each."""
+    rows = [("part", "stage", "rank", "engine", "predicted", "difference")]
+    for found in verified.ranks:
+        for row in found.rows:
+            engine = "-" if row.engine is None else f"{row.engine:,}"
+            where = (str(found.stage), str(found.rank))
+            rows.append((row.part, *where, engine, f"{row.predicted:,}", _signed(row.difference)))
+    notes = dict.fromkeys(note for found in verified.ranks for note in found.notes)
+    lines = [
+        f"plan      {describe(verified.plan)}",
+        f"verified  {len(verified.ranks)} of {verified.plan.world_size} ranks, elements and bytes:",
+        grid(rows),
+        *(f"not verified: {note}" for note in notes),
+    ]
+    return "\n".join(lines)
+
+
+def _signed(share: float | None) -> str:
+    return "-" if share is None else f"{'+' if share >= 0 else ''}{percent_text(share)}"

@@ -1,0 +1,44 @@
+"""A run stopped under one plan and resumed under another: the losses go on as if nothing had changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = (
+    *("monitor=none", "cluster.gpus_per_node=2", "data.max_bytes=300000", "model.num_layers=2"),
+    *("training.sequence_length=64", "training.global_batch_size=8", "training.num_steps=8"),
+    *("training.precision=fp32", "plan.num_microbatches=2", "evaluation.num_sequences=8"),
+)
+# The plan that starts, the words that go on.
+CHANGES = {
+    "accelerate-fsdp2-to-one-process": (
+        ("strategy=accelerate", "plan.zero_stage=3"),
+        ("cluster.gpus_per_node=1", "plan.zero_stage=0"),
+    ),
+    "megatron-tp2-to-pp2": (("strategy=megatron", "plan.tp=2"), ("plan.tp=1", "plan.pp=2")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_losses_go_on(shell: Callable[..., Any], tmp_path: Path, change: str) -> None:
+    start, words = CHANGES[change]
+    whole, changed = tmp_path / "whole", tmp_path / "changed"
+    assert shell("train", *SMALL, *start, f"run_dir={whole}").code == 0
+    assert shell("train", *SMALL, *start, f"run_dir={changed}", "stop_at_step=4").code == 0
+    outcome = shell("resume", str(changed), *words)
+    assert outcome.code == 0, outcome.err
+    assert losses(changed) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(changed) != losses(whole)
+    assert len(losses(whole)) == 8
+    manifest = json.loads(next(changed.glob("checkpoints/*/manifest.json")).read_text())
+    assert set(manifest["reshardable"]) >= {"dp"}
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]

@@ -1,0 +1,72 @@
+"""Resuming under another plan: what may change, what may not, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Call = Callable[..., Any]
+SMALL = (
+    *(
+        "strategy=fake",
+        "monitor=none",
+        "cluster.gpus_per_node=2",
+        "data.max_bytes=300000",
+        "model.num_layers=2",
+    ),
+    *("training.sequence_length=64", "training.global_batch_size=8", "training.num_steps=4"),
+    *("evaluation.num_sequences=8", "plan.tp=1", "plan.pp=1"),
+)
+
+
+@pytest.fixture
+def stopped(call: Call, tmp_path: Path) -> Path:
+    """A run of one rank of the fake engine, stopped half-way."""
+    run = tmp_path / "run"
+    words = [word for word in SMALL if word != "cluster.gpus_per_node=2"]
+    outcome = call("train", *words, "cluster.gpus_per_node=1", f"run_dir={run}", "stop_at_step=2")
+    assert outcome.code == 0, outcome.err
+    return run
+
+
+def test_keys_that_leave_the_checkpoint_as_it_is_may_change(call: Call, stopped: Path) -> None:
+    before = json.loads((stopped / "plan.json").read_text())
+    outcome = call("resume", str(stopped), "plan.micro_batch_size=2", "--json")
+    assert outcome.code == 0, outcome.err
+    assert (outcome.json["state"], outcome.json["step"]) == ("finished", 4)
+    after = json.loads((stopped / "plan.json").read_text())
+    assert (before["micro_batch_size"], after["micro_batch_size"]) != (2, 4)
+    assert after["micro_batch_size"] == 2
+    assert json.loads((stopped / "plans" / "plan_0001.json").read_text()) == before
+    events = [json.loads(line) for line in (stopped / "events.jsonl").read_text().splitlines()]
+    replanned = next(event for event in events if event["event"] == "replanned")
+    assert replanned["words"] == ["plan.micro_batch_size=2"]
+    assert replanned["after"]["micro_batch_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (("plan.zero_stage=1",), 6, "plan.zero_stage: 0 in the checkpoint, 1 now"),
+        (("plan.tp=3",), 3, "plan.tp=3"),
+        (("plan.zero_stag=1",), 2, "unknown key 'plan.zero_stag'; did you mean 'zero_stage'?"),
+        (("model.num_layers=3",), 2, "'model.num_layers=3' cannot be changed when a run is resumed"),
+        (("training.seed=3",), 2, "only plan.KEY=VALUE, cluster.num_nodes=N and cluster.gpus_per_node=N can"),
+        (("plan",), 2, "'plan' cannot be changed"),
+        (("plan.tp=[",), 2, "'plan.tp=[' has a value that cannot be read"),
+        (("--fast",), 2, "'--fast' is not a flag of `meshwright resume RUN_DIR`"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_changes_nothing(
+    call: Call, stopped: Path, words: tuple[str, ...], code: int, sentence: str
+) -> None:
+    before = (stopped / "plan.json").read_bytes(), (stopped / "config.yaml").read_bytes()
+    outcome = call("resume", str(stopped), *words)
+    assert outcome.code == code, outcome.err
+    assert sentence in outcome.err
+    assert ((stopped / "plan.json").read_bytes(), (stopped / "config.yaml").read_bytes()) == before
+    assert not (stopped / "plans").exists()
