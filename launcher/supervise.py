@@ -25,6 +25,7 @@ from launcher.errors import (
     RunDirError,
     TrainingError,
 )
+from launcher.interpreter import find
 from launcher.run_dir import RunDir, lock
 from launcher.submit import local
 
@@ -65,13 +66,15 @@ def run_workers(run: RunDir, *, quiet_stdout: bool) -> int:
     """Start the workers and wait for them. Return 0, 130 or 143; raise what a rank died of."""
     job, plan = run.job(), run.plan()
     local.check_port(job.submit.port)
+    python = find(run.interpreter(), record=run.env_file)
     descriptor = lock(run)
     _forget_last_start(run)
-    command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port)
+    command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port, python=python)
     environment = local.environment(
         os.environ,
         num_processes=plan.world_size,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        python=python,
     )
     run.log_event("launched", command=command)
     requests = _StopRequests(run=run)

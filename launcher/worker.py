@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 import strategies
+from launcher import interpreter
 from launcher import ranks as torch_side
 from launcher.config import Job
 from launcher.decode import encode
@@ -64,6 +65,10 @@ def _work(run: RunDir, *, store: Store | None) -> None:
             f"WORLD_SIZE={world_size} does not match the frozen plan of {plan.world_size} ranks "
             f"(dp={plan.dp} tp={plan.tp} pp={plan.pp} cp={plan.cp}); start {plan.world_size} processes"
         )
+    frozen = run.interpreter()
+    if frozen is not None:  # each node may have its own; under bare torchrun nobody has looked yet
+        interpreter.check_import(strategies.ENGINE_PACKAGES.get(plan.strategy), strategy=plan.strategy)
+        interpreter.check(frozen, has=interpreter.installed(), record=run.env_file)
     on_device = plan.strategy in strategies.ENGINE_PACKAGES and job.cluster.gpu.device == "cuda"
     ranks = torch_side.connect(os.environ, on_device=on_device, store=store)
     log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
