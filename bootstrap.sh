@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv/ in this checkout with everything the example run and the tests need. Run again: nothing happens twice.
+# MESHWRIGHT_TORCH=cpu|cuda: which build of PyTorch, where this machine is not the one that will train (an image, say).
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,7 +21,8 @@ pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
 
 torch_version=$(sed -n 's/^torch==//p' constraints.txt)
 if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+')[0] != '$torch_version')" 2>/dev/null; then
-    if [ "$(uname -s)" != Linux ] || command -v nvidia-smi >/dev/null 2>&1; then
+    command -v nvidia-smi >/dev/null 2>&1 && found=cuda || found=cpu
+    if [ "$(uname -s)" != Linux ] || [ "${MESHWRIGHT_TORCH:-$found}" = cuda ]; then
         pip install "torch==$torch_version" -c constraints.txt
     # The default Linux build brings several GB of CUDA packages that a machine without a GPU cannot use.
     elif ! pip install "torch==$torch_version+cpu" 2>/dev/null; then

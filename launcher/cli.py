@@ -18,6 +18,8 @@ from launcher import (
     __version__,
     checks,
     compose,
+    env_command,
+    environments,
     plan_command,
     planner,
     probe,
@@ -37,7 +39,6 @@ from launcher.errors import (
     CheckFailed,
     ClusterError,
     ConfigError,
-    EngineError,
     LauncherError,
     RunDirError,
 )
@@ -64,6 +65,7 @@ meshwright VERB [key=value ...] [--json]
                     write the weights of the newest good checkpoint as a Hugging Face folder
   show RUN_DIR      plan, state, metrics, predicted against measured
   probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
+  env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
 `meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify and train:
@@ -107,7 +109,7 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
     if verb in ("--help", "-h", "help") or (
-        verb in ("resume", "export", "show", "probe") and rest in (["--help"], ["-h"])
+        verb in ("resume", "export", "show", "probe", "env") and rest in (["--help"], ["-h"])
     ):
         print_line(USAGE, sys.stdout)
         return FINISHED
@@ -210,12 +212,7 @@ def freeze(job: Job, output: Output) -> RunDir:
     chosen = ranking.choose()
     compose.check_trainable(chosen.plan.strategy)
     _check_goal(job, ranking)
-    package = compose.missing_package(chosen.plan.strategy)
-    if package is not None:
-        raise EngineError(
-            f"strategy={chosen.plan.strategy} needs the package '{package}', which is not installed; "
-            f"pip install 'meshwright[{chosen.plan.strategy}]'"
-        )
+    python = environments.choose(chosen.plan.strategy, named=job.submit.python, is_given=_under_torchrun())
     if not _under_torchrun():
         _check_host(job, chosen.plan)
     path = _run_path(job, chosen.plan.strategy)
@@ -229,7 +226,7 @@ def freeze(job: Job, output: Output) -> RunDir:
     dataset = prepare(
         job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
     )
-    facts = provenance.collect(command=sys.argv, directory=Path.cwd())
+    facts = provenance.collect(command=sys.argv, directory=Path.cwd(), interpreter=python)
     run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
     output.say(f"run directory {run.path}")
     return run
@@ -284,8 +281,7 @@ def _same_run(run: RunDir, job: Job) -> RunDir:
 
 def _notes(job: Job) -> list[str]:
     gpu = job.cluster.gpu
-    absent = [name for name in compose.strategies_of(job) if compose.missing_package(name)]
-    notes = [f"{name}: not installed here; pip install 'meshwright[{name}]'" for name in absent]
+    notes = environments.absences(compose.strategies_of(job))
     if job.training.precision == "fp32" and gpu.device == "cuda" and "bf16" not in gpu.peak_tflops:
         notes.append(f"training.precision=fp32: {gpu.name} has no bf16, and fp16 is not offered yet")
     return notes
@@ -359,6 +355,11 @@ def _report(run: RunDir, output: Output) -> int:
     return FINISHED
 
 
+def _env(arguments: list[str], output: Output) -> int:
+    output.result(*env_command.run(arguments, say=output.say))
+    return FINISHED
+
+
 def _probe(arguments: list[str], output: Output) -> int:
     probed = probe.run(arguments)
     if probed is not None:
@@ -392,4 +393,5 @@ VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "show": _show,
     "export": _export,
     "probe": _probe,
+    "env": _env,
 }

@@ -5,7 +5,6 @@ Hydra's term Launcher (`hydra/launcher=...`) is a different thing from this pack
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -28,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import strategies
-from launcher import calibrate
+from launcher import calibrate, environments
 from launcher.cluster import detect
 from launcher.cluster.spec import ClusterSpec
 from launcher.config import Job
@@ -175,7 +174,7 @@ def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
 
 def available_strategies() -> list[str]:
     """Engines that strategy=auto may choose from: those installed here; all where none is (a laptop plans too)."""
-    installed = [name for name in strategies.ENGINE_PACKAGES if missing_package(name) is None]
+    installed = [name for name in strategies.ENGINE_PACKAGES if environments.is_here(name)]
     return installed or list(strategies.ENGINE_PACKAGES)
 
 
@@ -193,12 +192,6 @@ def check_trainable(strategy: str) -> None:
             strategies.load(strategy)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-
-def missing_package(strategy: str) -> str | None:
-    """The package that `strategy` needs and that is not installed, or None."""
-    package = strategies.ENGINE_PACKAGES.get(strategy)
-    return package if package and importlib.util.find_spec(package) is None else None
 
 
 def _check_strategy(job: Job) -> None:

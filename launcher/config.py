@@ -31,6 +31,8 @@ class SubmitConfig:
 
     name: Literal["local"] = "local"
     port: int | None = None  # rendezvous port on this host; null: a free one
+    # Python of the workers. null: this one where it has the engine, else the one of `meshwright env create`.
+    python: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launcher.decode import encode
+from launcher.interpreter import Interpreter
+
 PACKAGES = (
     "torch",
     "transformers",
     "accelerate",
     "deepspeed",
+    "colossalai",
+    "megatron-core",
     "datasets",
     "tokenizers",
     "numpy",
@@ -22,14 +27,15 @@ PACKAGES = (
 )
 
 
-def collect(*, command: list[str], directory: Path) -> dict[str, Any]:
-    """Facts about this start; `directory` is where git is asked."""
+def collect(*, command: list[str], directory: Path, interpreter: Interpreter) -> dict[str, Any]:
+    """Facts about this start; `directory` is where git is asked, `interpreter` the Python of the workers."""
     return {
         "command": command,
         "working_directory": str(directory),
         "hosts": [socket.gethostname()],
         "platform": platform.platform(),
         "versions": versions(),
+        "interpreter": encode(interpreter),
         "git": git_state(directory),
     }
 

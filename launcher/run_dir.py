@@ -19,6 +19,7 @@ from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, LauncherError, RunDirError
+from launcher.interpreter import Interpreter
 from strategies.spec import Plan
 
 PLAN_FORMAT = 1
@@ -52,7 +53,7 @@ class RunDir:
 
     @property
     def env_file(self) -> Path:
-        """Versions, git commit, hosts, hashes, command line."""
+        """Versions, the workers' Python, git commit, hosts, hashes, command line."""
         return self.path / "env.json"
 
     @property
@@ -120,6 +121,11 @@ class RunDir:
     def dataset(self) -> TokenDataset:
         """Decode data.json."""
         return decode(TokenDataset, _read(self.data_file, json.loads), "data")
+
+    def interpreter(self) -> Interpreter | None:
+        """Decode the workers' Python out of env.json; None in runs of before it was recorded."""
+        found = _mapping(_read(self.env_file, json.loads), self.env_file).get("interpreter")
+        return None if found is None else decode(Interpreter, found, "interpreter")
 
     def log_event(self, event: str, **details: Any) -> None:
         """Append one event; a line is written whole or not at all."""

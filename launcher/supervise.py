@@ -25,6 +25,7 @@ from launcher.errors import (
     RunDirError,
     TrainingError,
 )
+from launcher.interpreter import find
 from launcher.run_dir import RunDir, lock
 from launcher.submit import local
 
@@ -69,15 +70,17 @@ def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) 
     """
     job, plan = run.job(), run.plan()
     local.check_port(job.submit.port)
+    python = find(run.interpreter(), record=run.env_file)
     descriptor = lock(run)
     _forget_last_start(run)
-    command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port)
+    command = local.argv(run_dir=run.path, num_processes=plan.world_size, port=job.submit.port, python=python)
     if export is not None:
         command += [EXPORT, str(export)]
     environment = local.environment(
         os.environ,
         num_processes=plan.world_size,
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        python=python,
     )
     # An export leaves the state of the run as it was.
     run.log_event("launched" if export is None else "exporting", command=command)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import strategies as adapters
-from launcher import compose
+from launcher import compose, environments
 from launcher.cluster import detect
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, EngineError, PlanError
@@ -146,12 +146,6 @@ def verify(model: ModelSpec, plan: Plan, training: TrainingSpec, asked: Asked | 
 def _check(plan: Plan, model: ModelSpec) -> None:
     """Raise for what is known before an engine is asked: no adapter, no package, a plan that it does not offer."""
     compose.check_trainable(plan.strategy)
-    package = compose.missing_package(plan.strategy)
-    if package is not None:
-        raise EngineError(
-            f"strategy={plan.strategy} needs the package '{package}', which is not installed; "
-            f"pip install 'meshwright[{plan.strategy}]'"
-        )
     for key in ("offload_optimizer", "offload_parameters"):
         if getattr(plan, key):
             raise ConfigError(
@@ -251,14 +245,18 @@ def _run(place: Path, inputs: Mapping[str, Any], ranks: Sequence[int]) -> list[d
     request, results = place.with_suffix(".request.json"), place.with_suffix(".results.json")
     content = {**inputs, "ranks": list(ranks), "results": str(results)}
     request.write_text(json.dumps(content), encoding="utf-8")
-    command = local.argv(run_dir=request, num_processes=1, port=None, module=WORKER)
-    _finish(command, str(inputs["plan"]["strategy"]))
+    engine = str(inputs["plan"]["strategy"])
+    python = environments.choose(engine).path
+    command = local.argv(run_dir=request, num_processes=1, port=None, module=WORKER, python=python)
+    _finish(command, engine, python=python)
     answers: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
     return answers
 
 
-def _finish(command: Sequence[str], engine: str) -> None:
-    environment = local.environment(os.environ, num_processes=1, num_cores=detect.count_cores())
+def _finish(command: Sequence[str], engine: str, *, python: str) -> None:
+    environment = local.environment(
+        os.environ, num_processes=1, num_cores=detect.count_cores(), python=python
+    )
     # Shapes are all that is looked at: a GPU that is here stays untouched.
     environment.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
     with tempfile.TemporaryFile() as stderr:

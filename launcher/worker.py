@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 import strategies
+from launcher import interpreter
 from launcher import ranks as torch_side
 from launcher.config import Job
 from launcher.decode import encode
@@ -74,6 +75,10 @@ def _work(run: RunDir, *, store: Store | None, export: Path | None) -> None:
             f"WORLD_SIZE={world_size} does not match the frozen plan of {plan.world_size} ranks "
             f"(dp={plan.dp} tp={plan.tp} pp={plan.pp} cp={plan.cp}); start {plan.world_size} processes"
         )
+    frozen = run.interpreter()
+    if frozen is not None:  # each node may have its own; under bare torchrun nobody has looked yet
+        interpreter.check_import(strategies.ENGINE_PACKAGES.get(plan.strategy), strategy=plan.strategy)
+        interpreter.check(frozen, has=interpreter.installed(), record=run.env_file)
     try:
         environment.apply(environment.environment(plan, job.training), os.environ)
     except ValueError as error:

@@ -38,11 +38,12 @@ class Outcome:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_network_no_colour(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests never look outside this machine and never write to the caller's cache."""
+    """Tests never look outside this machine and never write to the caller's folders."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["WANDB_MODE"] = "offline"
     os.environ.pop("WANDB_API_KEY", None)
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["MESHWRIGHT_HOME"] = str(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import ClusterError
+from launcher.interpreter import surroundings
 
 
 def argv(
-    *, run_dir: Path, num_processes: int, port: int | None, module: str = "launcher.worker"
+    *,
+    run_dir: Path,
+    num_processes: int,
+    port: int | None,
+    module: str = "launcher.worker",
+    python: str = sys.executable,
 ) -> list[str]:
     """Command line of the workers: plain Python for one process, torchrun for more."""
     worker = ["-m", module, str(run_dir)]
     if num_processes == 1:
-        return [sys.executable, *worker]
+        return [python, *worker]
     return [
-        *[sys.executable, "-m", "torch.distributed.run"],
+        *[python, "-m", "torch.distributed.run"],
         f"--nproc-per-node={num_processes}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint=127.0.0.1:{port or 0}",
@@ -29,7 +34,9 @@ def argv(
     ]
 
 
-def environment(inherited: Mapping[str, str], *, num_processes: int, num_cores: int) -> dict[str, str]:
+def environment(
+    inherited: Mapping[str, str], *, num_processes: int, num_cores: int, python: str = sys.executable
+) -> dict[str, str]:
     """What the workers inherit, and the few variables a run on one host needs. Values that are set stay."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, num_cores // num_processes)),
@@ -40,9 +47,7 @@ def environment(inherited: Mapping[str, str], *, num_processes: int, num_cores: 
     }
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
-    packages = str(Path(__file__).resolve().parents[2])
-    search_path = os.pathsep.join(filter(None, [packages, inherited.get("PYTHONPATH", "")]))
-    return {**defaults, **inherited, "PYTHONPATH": search_path}
+    return {**defaults, **surroundings(inherited, python)}
 
 
 def check_port(port: int | None) -> None:

@@ -1,13 +1,17 @@
-"""Rankings with made-up costs: what explains them is tested apart from what predicts them."""
+"""Rankings with made-up costs: what explains them is tested apart from what predicts them. A tiny engine to install."""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+import strategies
+from launcher import environments
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, MemoryCost, TimeCost
 from launcher.planner.search import PlanRequest, Problem, Ranking, Rejection
@@ -171,3 +175,38 @@ def mixture() -> Ranking:
         ),
         rejected=(),
     )
+
+
+def wheel(folder: Path, name: str, version: str) -> None:
+    """Write the least that pip and uv install."""
+    about = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}/__init__.py": f"__version__ = '{version}'\n",
+        f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{about}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+        archive.writestr(f"{about}/RECORD", "".join(f"{path},,\n" for path in [*files, f"{about}/RECORD"]))
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An engine called tinyengine with a lock of two wheels; returns the folder of locks."""
+    locks, wheels = tmp_path / "locks", tmp_path / "wheels"
+    locks.mkdir()
+    wheels.mkdir()
+    wheel(wheels, "tinybase", "1.0")
+    wheel(wheels, "tinyengine", "2.0")
+    wheel(wheels, "tinyengine", "3.0")
+    (locks / "base.txt").write_text("tinybase==1.0\n")
+    (locks / "tinyengine.txt").write_text("# small\n-r base.txt\ntinyengine==2.0  # the engine\n")
+    for key, value in {"FIND_LINKS": str(wheels), "NO_INDEX": "1", "OFFLINE": "1"}.items():
+        for tool in ("PIP", "UV"):
+            monkeypatch.setenv(f"{tool}_{key}", value)
+    monkeypatch.setenv("MESHWRIGHT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MESHWRIGHT_TORCH", "cpu")
+    monkeypatch.setattr(environments, "LOCKS", locks)
+    monkeypatch.setitem(strategies.ENGINE_PACKAGES, "tinyengine", "tinyengine")
+    return locks

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher import provenance
+from launcher.interpreter import Interpreter
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -34,7 +35,9 @@ def test_outside_a_checkout_there_is_none(tmp_path: Path) -> None:
 
 def test_no_environment_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "do-not-write-me")
-    facts = provenance.collect(command=["meshwright", "train"], directory=tmp_path)
+    python = Interpreter(path="/opt/python", kind="named", versions={"torch": "2.9"})
+    facts = provenance.collect(command=["meshwright", "train"], directory=tmp_path, interpreter=python)
     assert "do-not-write-me" not in str(facts)
     assert not set(facts) & set(os.environ)
     assert {"python", "torch", "transformers"} <= set(facts["versions"])
+    assert facts["interpreter"] == {"path": "/opt/python", "kind": "named", "versions": {"torch": "2.9"}}

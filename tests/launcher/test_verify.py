@@ -55,7 +55,6 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return [{"rank": rank, "seconds": 1.0, "inspection": asdict(box["inspection"])} for rank in ranks]
 
     monkeypatch.setattr(verify, "_ask", ask)
-    monkeypatch.setattr(verify.compose, "missing_package", lambda _: None)
     return box
 
 

@@ -359,8 +359,8 @@ def test_a_plan_for_hardware_that_is_not_here(
 
 
 def test_an_engine_that_is_not_installed(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.compose.missing_package", lambda strategy: "deepspeed")
-    says = "pip install 'meshwright[deepspeed]'"
+    monkeypatch.setattr("launcher.environments.has_package", lambda strategy: False)
+    says = "deepspeed: not installed here; meshwright env create deepspeed"
     check(call("train", "strategy=deepspeed", "run_dir=run"), Case((), ENGINE, says))
 
 

@@ -38,6 +38,20 @@ def test_environment_keeps_what_the_user_set() -> None:
     assert local.environment({}, num_processes=2, num_cores=8)["OMP_NUM_THREADS"] == "4"
 
 
+def test_another_python_starts_the_workers_and_sees_nothing_of_ours() -> None:
+    for processes in (1, 2):
+        assert (
+            local.argv(run_dir=Path("/r"), num_processes=processes, port=None, python="/o/python")[0]
+            == "/o/python"
+        )
+    given = {"PYTHONPATH": "/mine", "HOME": "/h"}
+    ours = local.environment(given, num_processes=1, num_cores=1)
+    assert ours["PYTHONPATH"].endswith(":/mine")
+    other = local.environment(given, num_processes=1, num_cores=1, python="/o/python")
+    assert "/mine" not in other["PYTHONPATH"]
+    assert (other["HOME"], other["TOKENIZERS_PARALLELISM"]) == ("/h", "false")
+
+
 def test_a_taken_port_is_one_sentence() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
