@@ -11,13 +11,14 @@ __all__ = ["ADAPTERS", "ENGINE_PACKAGES", "PLANNED_ONLY", "Strategy", "capabilit
 
 ADAPTERS = {
     "accelerate": "strategies.accelerate:AccelerateStrategy",
+    "colossalai": "strategies.colossalai:ColossalAIStrategy",
     "deepspeed": "strategies.deepspeed:DeepSpeedStrategy",
     "fake": "strategies.fake:FakeStrategy",
 }
 # The package behind each engine; `fake` has none and is never chosen for anybody.
-ENGINE_PACKAGES = {"accelerate": "accelerate", "deepspeed": "deepspeed"}
+ENGINE_PACKAGES = {"accelerate": "accelerate", "colossalai": "colossalai", "deepspeed": "deepspeed"}
 # Engines whose capabilities are known and whose adapter is still to come.
-PLANNED_ONLY = {"colossalai": "strategies.colossalai", "megatron": "strategies.megatron"}
+PLANNED_ONLY = {"megatron": "strategies.megatron"}
 
 
 def engines() -> list[str]:

@@ -123,7 +123,7 @@ def test_an_engine_without_an_adapter_says_so(name: str) -> None:
         strategies.load(name)
     assert str(caught.value) == (
         f"strategy={name} can be planned, but this version does not train with it yet; "
-        "use strategy=accelerate or deepspeed"
+        "use strategy=accelerate or colossalai or deepspeed"
     )
 
 
