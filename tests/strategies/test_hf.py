@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,5 +224,6 @@ def test_an_older_transformers_is_asked_in_its_own_words(
     hf.create_weights(model, TRAINING, tmp_path)
     monkeypatch.setattr(hf, "version", {"transformers": "4.51.3"}.__getitem__)
     assert hf._in_fp32() == {"torch_dtype": torch.float32}
-    config = hf._read_config(tmp_path, model)
-    assert (config.rope_theta, config.rope_scaling) == (500.0, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers 5, which is what reads here, about the older words
+        assert hf._read_config(tmp_path, model).rope_theta == 500.0
