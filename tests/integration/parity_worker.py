@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    training, plan = TrainingSpec(**job["training"]), Plan(**case["plan"])
+    training, plan = TrainingSpec(**job["training"]), as_plan(case["plan"])
     data = np.load(job["data"])
     strategy = strategies.load(plan.strategy)()
     strategy.setup(plan, ModelSpec(**job["model"]), training, Path(job["weights"]))
@@ -53,6 +53,11 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
     strategy.teardown()
     return {"losses": losses, "norms": norms, "evaluated": evaluated}
+
+
+def as_plan(fields: dict[str, Any]) -> Plan:
+    """JSON knows no tuples."""
+    return Plan(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 
 def save(strategy: Strategy, directory: Path) -> None:
