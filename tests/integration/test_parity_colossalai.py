@@ -92,6 +92,7 @@ FAMILY_PLANS = [
     for name in ("ddp", "tp2", "tp2-sequence", "pp2", "pp2-interleaved")
     if family != "llama"
 ]
+GEMINI = [name for name, plan in BF16_PLANS.items() if plan.get("zero_stage") == 3]
 WORLD_SIZES = (2, 4)
 
 
@@ -124,6 +125,7 @@ class Bench:
         self.resumed = cache(self._resume)
         self.reference = cache(self._reference)
         self.family = cache(self._family)
+        self.gemini_in_fp32 = cache(self._gemini_in_fp32)
 
     def _train(self, world: int) -> dict[str, Any]:
         cases = {}
@@ -144,15 +146,27 @@ class Bench:
         cases = {name: {**whole, "plan": as_plan(name)} for kind, name in FAMILY_PLANS if kind == family}
         return self._start(cases, f"family-{family}", world=2, family=family)
 
+    def _gemini_in_fp32(self) -> dict[str, Any]:
+        whole = {"first": 0, "last": NUM_STEPS, "load": None, "save": None, "save_after": None}
+        cases = {name: {**whole, "plan": as_plan(name)} for name in GEMINI}
+        return self._start(cases, "gemini", world=2, worker="gemini_fp32_worker.py", PYTHONOPTIMIZE="1")
+
     def _start(
-        self, cases: dict[str, Any], label: str, *, world: int, family: str = "llama"
+        self,
+        cases: dict[str, Any],
+        label: str,
+        *,
+        world: int,
+        family: str = "llama",
+        worker: str = "parity_worker.py",
+        **environment: str,
     ) -> dict[str, Any]:
         shared = {"model": shape_of(family), "training": SCHEDULE}
         paths = {"weights": str(self.folder / family), "data": str(self.folder / f"{family}.npy")}
         job, results = self.folder / f"{label}.json", self.folder / f"{label}-results.json"
         job.write_text(json.dumps({**shared, **paths, "cases": cases}), encoding="utf-8")
-        worker = Path(__file__).with_name("parity_worker.py")
-        torchrun(str(worker), str(job), str(results), world=world)
+        script = Path(__file__).with_name(worker)
+        torchrun(str(script), str(job), str(results), world=world, environment=environment)
         answer: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
         return answer
 
@@ -183,13 +197,13 @@ def interpreter() -> str:
     return found
 
 
-def torchrun(*arguments: str, world: int) -> None:
+def torchrun(*arguments: str, world: int, environment: dict[str, str]) -> None:
     launcher = [interpreter(), "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world}"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     process = subprocess.Popen(
         [*launcher, *rendezvous, *arguments],
-        env={**os.environ, **extra},
+        env={**os.environ, **extra, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -258,6 +272,11 @@ def test_fp32_matches_plain_pytorch(bench: Bench, name: str) -> None:
 @pytest.mark.parametrize(("family", "name"), FAMILY_PLANS)
 def test_other_families_match_plain_pytorch(bench: Bench, family: str, name: str) -> None:
     assert_equal(bench.family(family)[name], bench.reference(family))
+
+
+@pytest.mark.parametrize("name", GEMINI)
+def test_gemini_computes_right_given_the_bits(bench: Bench, name: str) -> None:
+    assert_equal(bench.gemini_in_fp32()[name], bench.reference("llama"))
 
 
 @pytest.mark.parametrize("name", BF16_PLANS)

@@ -186,7 +186,6 @@ def test_a_closed_pipe_is_no_error(repository: Path) -> None:
     "words",
     [
         ("strategy=megatron",),
-        ("strategy=colossalai", "plan.tp=1"),
         ("strategy=any", "model=llama3_8b", "cluster=h100_sxm"),
     ],
     ids=" ".join,
@@ -199,7 +198,8 @@ def test_an_engine_that_can_only_be_planned_is_refused_before_anything_is_writte
     assert outcome.code == 2
     assert outcome.out == ""
     assert outcome.err.endswith(
-        "can be planned, but this version does not train with it yet; use strategy=accelerate or deepspeed\n"
+        "can be planned, but this version does not train with it yet; "
+        "use strategy=accelerate or colossalai or deepspeed\n"
     )
     assert not any(tmp_path.iterdir())
 

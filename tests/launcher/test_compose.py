@@ -96,8 +96,8 @@ def test_auto_plans_for_every_engine_where_none_is_installed(
 ) -> None:
     monkeypatch.setattr(compose, "missing_package", lambda strategy: strategy)
     plan = call("plan", "strategy=auto", "model=llama3_8b", "cluster=h100_sxm", "--json").json
-    assert plan["inputs"]["strategies"] == ["accelerate", "deepspeed"]
-    assert len(plan["notes"]) == 2
+    assert plan["inputs"]["strategies"] == ["accelerate", "colossalai", "deepspeed"]
+    assert len(plan["notes"]) == 3
 
 
 def test_torchrun_decides_the_size_of_the_local_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
