@@ -7,8 +7,8 @@ TEST_WORKERS ?= 2
 train: .venv/ready  ## plan, freeze and train the example run here
 	$(PYTHON) -m launcher train experiment=first_run
 
-test: .venv/ready  ## all tests; a file stays on one worker, so that its fixtures are made once
-	$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
+test: .venv/ready .venv/colossalai  ## all tests; a file stays on one worker, so that its fixtures are made once
+	MESHWRIGHT_COLOSSALAI_PYTHON=$$(cat .venv/colossalai) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: .venv/ready format lint types imports test  ## everything that has to pass
 
@@ -26,6 +26,13 @@ imports: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt bootstrap.sh
 	./bootstrap.sh
+
+# The one engine whose pins exclude the others'; its tests run in an environment of its own.
+.venv/colossalai: .venv/ready launcher/locks/base.txt launcher/locks/colossalai.txt
+	MESHWRIGHT_HOME=$(CURDIR)/.venv/home $(PYTHON) -m launcher env create colossalai --json | \
+		$(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["path"] + "/bin/python")' > $@
+
+.DELETE_ON_ERROR:
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -207,10 +207,8 @@ def rank(job: Job) -> planner.Ranking:
 
 def freeze(job: Job, output: Output) -> RunDir:
     """Plan, prepare the data, and write the run directory; under a restarted torchrun find it again."""
-    compose.check_trainable(job.strategy.name)
     ranking = rank(job)
     chosen = ranking.choose()
-    compose.check_trainable(chosen.plan.strategy)
     _check_goal(job, ranking)
     python = environments.choose(chosen.plan.strategy, named=job.submit.python, is_given=_under_torchrun())
     if not _under_torchrun():

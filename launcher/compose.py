@@ -185,15 +185,6 @@ def strategies_of(job: Job) -> list[str]:
     return available_strategies() if job.strategy.name == "auto" else [job.strategy.name]
 
 
-def check_trainable(strategy: str) -> None:
-    """Raise ConfigError for an engine that can only be planned."""
-    if strategy in strategies.PLANNED_ONLY:
-        try:
-            strategies.load(strategy)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-
 def _check_strategy(job: Job) -> None:
     if job.strategy.name in ("auto", "any"):
         if job.strategy.engine:

@@ -18,7 +18,6 @@ def facts(name: str) -> dict[str, str]:
     can = strategies.capabilities(name)
     return {
         "engine": name,
-        "trains": "no, planned only" if name in strategies.PLANNED_ONLY else "yes",
         "degrees": " ".join(["dp", *(d for d in ("tp", "pp", "vp", "cp", "ep", "etp") if d in can.degrees)]),
         "sequence parallel": "yes" if can.sequence_parallel else "no",
         "ZeRO stages": _listed(can.zero_stages),
@@ -37,7 +36,7 @@ def summary(name: str) -> str:
     parts = [told["degrees"], f"zero_stage {told['ZeRO stages']}", told["precision"]]
     parts += ["sequence_parallel"] if told["sequence parallel"] == "yes" else []
     parts += [f"offload {told['offload']}"] if told["offload"] != _NONE else []
-    return "; ".join(parts) + ("" if told["trains"] == "yes" else "; planned only")
+    return "; ".join(parts)
 
 
 def markdown() -> str:

@@ -53,7 +53,7 @@ def _list(words: list[str], say: Say) -> tuple[dict[str, Any], str]:
     there = environments.found()
     data, lines = [], []
     for name in strategies.engines():
-        own = interpreter.installed() if environments.has_package(name) and _trains(name) else {}
+        own = interpreter.installed() if environments.has_package(name) else {}
         own = interpreter.frozen_versions(own, distribution=environments.distribution_of(name))
         mine = [environment for environment in there if environment.name == name]
         told = [f"  this Python  {sys.executable}: {_versions(own)}"] if own else []
@@ -139,10 +139,6 @@ def _name(verb: str, words: list[str], *, options: Sequence[str] = ()) -> tuple[
     if rest[0] not in environments.names():
         raise ConfigError(f"'{rest[0]}' is not an engine; {suggest(rest[0], environments.names())}")
     return rest[0], given
-
-
-def _trains(name: str) -> bool:
-    return name in strategies.ENGINE_PACKAGES
 
 
 def _versions(versions: dict[str, str]) -> str:

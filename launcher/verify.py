@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import strategies as adapters
-from launcher import compose, environments
+from launcher import environments
 from launcher.cluster import detect
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, EngineError, PlanError
@@ -144,8 +144,7 @@ def verify(model: ModelSpec, plan: Plan, training: TrainingSpec, asked: Asked | 
 
 
 def _check(plan: Plan, model: ModelSpec) -> None:
-    """Raise for what is known before an engine is asked: no adapter, no package, a plan that it does not offer."""
-    compose.check_trainable(plan.strategy)
+    """Raise for what is known before an engine is asked: a plan that it does not offer."""
     for key in ("offload_optimizer", "offload_parameters"):
         if getattr(plan, key):
             raise ConfigError(

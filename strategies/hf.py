@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) ->
     config = _read_config(directory, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
-        network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        network = AutoModelForCausalLM.from_config(config, **_in_fp32())
     network.save_pretrained(directory)
     (directory / COMPLETE).touch()
 
@@ -59,14 +60,13 @@ def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) ->
 def build_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
     """Load the folder `weights` in fp32 for training, or say in one sentence why it does not fit `model`."""
     be_quiet()
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     config = _read_config(weights, model)
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
-            weights, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            weights, config=config, local_files_only=True, output_loading_info=True, **_in_fp32()
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
@@ -88,7 +88,7 @@ def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        network = AutoModelForCausalLM.from_config(_read_config(weights, model), dtype=torch.float32)
+        network = AutoModelForCausalLM.from_config(_read_config(weights, model), **_in_fp32())
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
@@ -220,7 +220,23 @@ def _read_config(weights: Path, model: ModelSpec) -> Any:
     check_weights(weights, model)
     config = AutoConfig.from_pretrained(weights, local_files_only=True)
     config.use_cache = False
+    if _is_before_5():
+        # Rotary settings had other names then, and a file of transformers 5 would leave their defaults.
+        config.rope_theta = model.rope_theta
+        config.rope_scaling = dict(model.rope_scaling) or None
     return config
+
+
+def _in_fp32() -> dict[str, Any]:
+    """Return the argument that asks for fp32 weights; transformers before 5 calls it otherwise."""
+    import torch
+
+    return {"torch_dtype" if _is_before_5() else "dtype": torch.float32}
+
+
+def _is_before_5() -> bool:
+    """Tell whether transformers is older than this project's own: ColossalAI 0.5.0 needs 4.51."""
+    return int(version("transformers").split(".")[0]) < 5
 
 
 def _for_training(network: PreTrainedModel) -> PreTrainedModel:

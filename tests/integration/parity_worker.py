@@ -43,7 +43,7 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     training, plan = TrainingSpec(**job["training"]), decode(Plan, case["plan"])
     data = np.load(job["data"])
     strategy = strategies.load(plan.strategy)()
-    with sabotaged(case["sabotage"]):
+    with sabotaged(case.get("sabotage", {})):
         strategy.setup(plan, decode(ModelSpec, job["model"]), training, Path(job["weights"]))
     if case["load"]:
         strategy.load(Path(case["load"]))

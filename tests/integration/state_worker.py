@@ -37,7 +37,9 @@ def main() -> None:
 
 
 def measure(case: dict[str, Any], job: dict[str, Any]) -> float:
-    model, plan = ModelSpec(**job["model"]), Plan(**case)
+    # JSON knows no tuples.
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in case.items()}
+    model, plan = ModelSpec(**job["model"]), Plan(**fields)
     before = storages()
     seen: list[int] = []
 

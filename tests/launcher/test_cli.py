@@ -182,28 +182,6 @@ def test_a_closed_pipe_is_no_error(repository: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("strategy=megatron",),
-        ("strategy=colossalai", "plan.tp=1"),
-        ("strategy=any", "model=llama3_8b", "cluster=h100_sxm"),
-    ],
-    ids=" ".join,
-)
-def test_an_engine_that_can_only_be_planned_is_refused_before_anything_is_written(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    outcome = call("train", *words)
-    assert outcome.code == 2
-    assert outcome.out == ""
-    assert outcome.err.endswith(
-        "can be planned, but this version does not train with it yet; use strategy=accelerate or deepspeed\n"
-    )
-    assert not any(tmp_path.iterdir())
-
-
 def test_any_strategy_plans_over_all_engines(call: Call) -> None:
     words = ("plan", "strategy=any", "model=llama3_70b", "cluster=h100_sxm", "cluster.num_nodes=8", "--json")
     plan = call(*words).json

@@ -121,19 +121,9 @@ def test_any_strategy_is_every_known_engine() -> None:
     job = job_of("strategy=any")
     assert compose.strategies_of(job) == strategies.engines()
     assert "megatron" in compose.strategies_of(job)
-    assert not set(compose.strategies_of(job_of("strategy=auto"))) & set(strategies.PLANNED_ONLY)
     assert compose.strategies_of(job_of("strategy=megatron")) == ["megatron"]
     with pytest.raises(ConfigError, match="needs one engine; name it with strategy=NAME"):
         job_of("strategy=any", "strategy.engine.sync_each_batch=true")
-
-
-def test_only_engines_with_an_adapter_are_trainable() -> None:
-    for name in ("accelerate", "deepspeed", "fake", "any", "auto"):
-        compose.check_trainable(name)
-    with pytest.raises(
-        ConfigError, match="strategy=megatron can be planned, but this version does not train"
-    ):
-        compose.check_trainable("megatron")
 
 
 def test_goals_and_what_they_cost() -> None:

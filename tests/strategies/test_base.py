@@ -117,16 +117,6 @@ def test_every_known_engine_can_be_planned(name: str) -> None:
     assert capabilities.why_not(Plan(strategy=name, dp=2, rank_order=capabilities.rank_order)) is None
 
 
-@pytest.mark.parametrize("name", strategies.PLANNED_ONLY)
-def test_an_engine_without_an_adapter_says_so(name: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        strategies.load(name)
-    assert str(caught.value) == (
-        f"strategy={name} can be planned, but this version does not train with it yet; "
-        "use strategy=accelerate or deepspeed or megatron"
-    )
-
-
 def test_the_fake_strategy_is_never_planned_unasked() -> None:
     assert strategies.engines() == ["accelerate", "colossalai", "deepspeed", "megatron"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,3 +201,16 @@ def test_only_a_family_with_a_balance_loss_has_a_coefficient(weights: Path, tmp_
     hf.create_weights(MIXTURE, TRAINING, tmp_path)
     network = hf.build_model(tmp_path, MIXTURE)
     assert hf.balance_coefficient(network) == network.config.router_aux_loss_coef > 0
+
+
+def test_an_older_transformers_is_asked_in_its_own_words(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ColossalAI needs transformers 4, which takes its own default where a file of transformers 5 says otherwise."""
+    model = replace(MODEL, rope_theta=500.0)
+    hf.create_weights(model, TRAINING, tmp_path)
+    monkeypatch.setattr(hf, "version", {"transformers": "4.51.3"}.__getitem__)
+    assert hf._in_fp32() == {"torch_dtype": torch.float32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers 5, which is what reads here, about the older words
+        assert hf._read_config(tmp_path, model).rope_theta == 500.0

@@ -15,8 +15,10 @@ PLAN = Plan(strategy="colossalai", dp=4, rank_order=CAPABILITIES.rank_order)
 ALLOWED: list[dict[str, Any]] = [
     {},
     {"tp": 2, "pp": 2, "vp": 2, "zero_stage": 1, "sequence_parallel": True},
+    {"tp": 2, "pp": 2, "precision": "fp32"},
+    {"zero_stage": 1, "precision": "fp32"},
     {"tp": 2, "zero_stage": 2},
-    {"tp": 2, "zero_stage": 3},
+    {"zero_stage": 3},
     {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
     {"pp": 2, "pipeline_split": (3, 5)},
 ]
@@ -32,8 +34,33 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"zero_stage": 3, "precision": "fp32"},
         "colossalai has no training.precision=fp32 with plan.zero_stage=3 (GeminiPlugin); "
-        "use bf16 or fp16, or plan.zero_stage in 0, 1, 2",
+        "use bf16, or plan.zero_stage in 0, 1, 2",
     ),
+    (
+        {"tp": 2, "zero_stage": 3},
+        "colossalai clips wrongly with plan.zero_stage=3 (GeminiPlugin) and plan.tp=2; "
+        "use plan.tp=1, or plan.zero_stage in 0, 1, 2",
+    ),
+    (
+        {"tp": 2, "zero_stage": 1, "precision": "fp32"},
+        "colossalai has no training.precision=fp32 with plan.zero_stage=1 beside tensor or pipeline parallelism; "
+        "use bf16, or plan.zero_stage=0",
+    ),
+    (
+        {"tp": 2, "zero_stage": 2, "sequence_parallel": True},
+        "colossalai accumulates wrong gradients with plan.zero_stage=2 and plan.sequence_parallel=true; "
+        "use plan.zero_stage in 0, 1, or plan.sequence_parallel=false",
+    ),
+    (
+        {"zero_stage": 3, "offload_parameters": True},
+        "colossalai offloads parameters only together with the optimizer's state; "
+        "use plan.offload_optimizer=true, or plan.offload_parameters=false",
+    ),
+    (
+        {"pp": 2, "vp": 2, "pipeline_split": (1, 2, 2, 1)},
+        "colossalai has equal chunks only with plan.vp=2; use plan.pipeline_split=null",
+    ),
+    ({"precision": "fp16"}, "colossalai cannot train in training.precision=fp16; use one of bf16, fp32"),
     ({"cp": 2}, "colossalai does not offer plan.cp=2 here; use plan.cp=1"),
     ({"recompute": "selective"}, "colossalai has no plan.recompute=selective; use one of full, none"),
 ]

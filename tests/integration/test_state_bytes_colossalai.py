@@ -1,0 +1,115 @@
+"""What Capabilities says a parameter costs with ColossalAI, against the tensors that it really holds.
+
+The ranks run in ColossalAI's own environment: MESHWRIGHT_COLOSSALAI_PYTHON names its interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strategies import hf
+from strategies.colossalai import CAPABILITIES
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+ROOT = Path(__file__).parents[2]
+SHAPE: dict[str, Any] = {
+    "name": "tiny",
+    "model_type": "llama",
+    "num_layers": 6,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 512,
+    "vocab_size": 128,
+    "max_position_embeddings": 8,
+}
+TRAINING: dict[str, Any] = {"sequence_length": 1, "global_batch_size": 4, "num_steps": 2}
+# Two states of the random generator for each module that is cut: five kilobytes each on processors.
+RANDOM_STATES = 0.31
+PLANS: dict[str, dict[str, Any]] = {
+    "zero0": {"dp": 2},
+    "zero1": {"dp": 2, "zero_stage": 1},
+    "zero2": {"dp": 2, "zero_stage": 2},
+    "gemini": {"dp": 2, "zero_stage": 3},
+    "tp2": {"tp": 2},
+    "pp2": {"pp": 2},
+}
+# Beside the state, in bytes a parameter. Gemini: the last of its two chunks is still gathered.
+CASES: dict[tuple[str, str], float] = {
+    ("fp32", "zero0"): 0,
+    ("bf16", "zero0"): 0,
+    ("fp32", "zero1"): 0,
+    ("bf16", "zero1"): 0,
+    ("fp32", "zero2"): 0,
+    ("bf16", "zero2"): 0,
+    ("bf16", "gemini"): 2 / 2,
+    ("fp32", "tp2"): RANDOM_STATES,
+    ("bf16", "tp2"): RANDOM_STATES,
+    ("fp32", "pp2"): 0,
+    ("bf16", "pp2"): 0,
+}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    folder = tmp_path_factory.mktemp("state")
+    hf.create_weights(ModelSpec(**SHAPE), TrainingSpec(**TRAINING), folder / "weights")
+    cases = {"-".join(key): as_plan(*key) for key in CASES}
+    job, results = folder / "job.json", folder / "results.json"
+    shared = {"model": SHAPE, "training": TRAINING, "weights": str(folder / "weights")}
+    job.write_text(json.dumps({**shared, "cases": cases}), encoding="utf-8")
+    run_ranks(str(Path(__file__).with_name("state_worker.py")), str(job), str(results))
+    answer: dict[str, float] = json.loads(results.read_text(encoding="utf-8"))
+    return answer
+
+
+def as_plan(precision: str, name: str) -> dict[str, Any]:
+    common = {"strategy": "colossalai", "precision": precision, "rank_order": CAPABILITIES.rank_order}
+    return {**common, "dp": 1, "num_microbatches": 2, **PLANS[name]}
+
+
+def run_ranks(*arguments: str) -> None:
+    interpreter = os.environ.get("MESHWRIGHT_COLOSSALAI_PYTHON")
+    if interpreter is None:
+        pytest.fail(
+            "MESHWRIGHT_COLOSSALAI_PYTHON must name the interpreter of an environment with ColossalAI"
+        )
+    command = [interpreter, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", *arguments]
+    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **extra},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-6000:]
+
+
+@pytest.mark.parametrize(("precision", "name"), CASES)
+def test_state_bytes_are_what_the_engine_holds(measured: dict[str, float], precision: str, name: str) -> None:
+    plan = Plan(**as_plan(precision, name))
+    state, stage = CAPABILITIES.state_bytes_of(plan), plan.zero_stage
+    # The first stage has run every forward pass before its first backward pass: no gradient is there yet.
+    gradients = 0.0 if plan.pp > 1 else state.gradients
+    held = (
+        state.weights / (plan.dp if stage >= 3 else 1)
+        + gradients / (plan.dp if stage >= 2 else 1)
+        + state.optimizer / (plan.dp if stage >= 1 else 1)
+    )
+    expected = held / (plan.tp * plan.pp) + CASES[precision, name]
+    assert measured[f"{precision}-{name}"] == pytest.approx(expected, rel=0.02)
