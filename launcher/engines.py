@@ -26,7 +26,7 @@ def facts(name: str) -> dict[str, str]:
         "offload": _offload(can),
         "pipeline stages": _stages(can),
         "model types": "any" if can.model_types is None else _listed(can.model_types),
-        "resharding resume": "yes" if can.reshardable else "no",
+        "resumes under another": _listed(can.reshardable) or _NONE,
     }
 
 

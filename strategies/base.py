@@ -127,6 +127,7 @@ class Capabilities:
     # ZeRO cuts a layer's experts between, never inside, one of them (FSDP2 cuts the first dimension, and transformers
     # keeps a layer's experts in one tensor): with more ranks than experts, some ranks hold a whole one.
     shards_whole_experts: bool = False
+    fills_pipeline: bool = False  # a pipeline needs at least as many micro-batches as stages
     shards_single_rank: bool = True  # do ZeRO stages above 0 exist where there is nothing to shard over?
     # Keys of the plan in which load() accepts a checkpoint of another plan.
     reshardable: frozenset[str] = frozenset()
@@ -294,8 +295,7 @@ class Strategy(ABC):
     def export(self, directory: Path) -> None:
         """Write the weights as a Hugging Face folder; every rank calls it, rank 0 writes."""
         raise ValueError(
-            f"{type(self).__name__} does not export weights yet; "
-            "strategies that do: accelerate, megatron (see the README)"
+            f"{type(self).__name__} does not export weights yet; use strategy=accelerate or megatron where that matters"
         )
 
     @abstractmethod
@@ -305,7 +305,9 @@ class Strategy(ABC):
     @classmethod
     def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
         """Build what `rank` of the planned world would hold, without that world; raise what the engine raises."""
-        raise ValueError(f"strategy={plan.strategy} is no engine, so that nothing of it can be verified")
+        raise ValueError(
+            f"strategy={plan.strategy} builds no rank without its world, so nothing of it can be verified"
+        )
 
 
 def _listed(values: frozenset[int] | frozenset[str]) -> str:

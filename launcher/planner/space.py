@@ -141,6 +141,8 @@ class Space:
             for layout in layouts_of(problem, world, strategy=self.strategy, capabilities=capabilities):
                 # Interleaved schedules need whole rounds of micro-batches (Narayanan et al. 2021, section 2.2.2).
                 rounds = tuple(b for b in batches if layout.vp == 1 or b.count % layout.pp == 0)
+                if capabilities.fills_pipeline:
+                    rounds = tuple(b for b in rounds if b.count >= layout.pp)
                 if rounds:
                     found = True
                     yield layout, rounds

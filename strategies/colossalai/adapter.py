@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf
+from strategies import hf, process
 from strategies.base import StepResult, Strategy
 from strategies.colossalai import checkpoints
 from strategies.colossalai.capabilities import CAPABILITIES
@@ -42,15 +41,15 @@ class ColossalAIStrategy(Strategy):
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Hand model and optimizer to a Booster with the plan's plugin."""
-        if refusal := self.capabilities.why_not(plan):
+        if refusal := self.capabilities.why_not(plan, model):
             raise ValueError(refusal)
         check(plan.engine, self.capabilities)
         _check_rounds(plan)
         self._plan = plan
         _import_colossalai(plan)
-        hf.set_deterministic(training)
-        self._device = hf.local_device()
-        _join_single_rank_group()
+        process.set_deterministic(training)
+        self._device = process.local_device()
+        process.join_single_rank_group()
         device: Device = "cuda" if self._device.type == "cuda" else "cpu"
         self._build(to_plugin_settings(plan, model, training, device=device), model, training, weights)
 
@@ -86,6 +85,10 @@ class ColossalAIStrategy(Strategy):
         """Restore them; the plan must be the one that wrote them."""
         checkpoints.load(directory, self._model, self._optimizer, self._place)
 
+    def export(self, directory: Path) -> None:
+        """Have the Booster gather the weights and write them in transformers' layout."""
+        checkpoints.export(self._booster, self._model, directory)
+
     def teardown(self) -> None:
         """Forget model, optimizer and plugin; the plugin takes its process groups with it."""
         del self._model, self._optimizer, self._booster, self._plugin
@@ -101,7 +104,7 @@ class ColossalAIStrategy(Strategy):
         self._booster = Booster(plugin=self._plugin)
         self._place = _find_place(self._plugin, self._plan)
         self.dp_rank = self._place.dp
-        hf.seed_everything(training, rank=self.dp_rank)
+        process.seed_everything(training, rank=self.dp_rank)
         network = hf.build_model(weights, model)
         hf.enable_recompute(network, self._plan)
         optimizer = _create_optimizer(network, self._plan, training)
@@ -247,17 +250,6 @@ def _check_releases() -> None:
             f"ColossalAI {found} replaces parts of transformers {TRANSFORMERS}, and {version('transformers')} is "
             "installed; give it the pinned environment of its own"
         )
-
-
-def _join_single_rank_group() -> None:
-    """Open a group of one where the worker opened none: every plugin makes its groups out of the world's."""
-    import torch
-    import torch.distributed as dist
-
-    os.environ.setdefault("LOCAL_RANK", "0")
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _find_place(plugin: Any, plan: Plan) -> Place:

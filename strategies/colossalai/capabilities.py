@@ -122,6 +122,7 @@ CAPABILITIES = Capabilities(
         _sharded_gradients_sum_sequences_twice,
         _chunks_are_equal,
     ),
+    fills_pipeline=True,
     shards_single_rank=True,
     engine_keys=ENGINE_KEYS,
     owned_engine_keys=OWNED_ENGINE_KEYS,

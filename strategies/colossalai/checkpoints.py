@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 if TYPE_CHECKING:
     import torch
@@ -88,3 +89,17 @@ def _master(optimizer: Any) -> dict[str, torch.Tensor]:
         return {f"chunk{index}": chunk.paired_chunk.payload for index, chunk in enumerate(chunks)}
     parameters = [parameter for group in optimizer.optim.param_groups for parameter in group["params"]]
     return {str(index): parameter.data for index, parameter in enumerate(parameters)}
+
+
+def export(booster: Any, model: Any, directory: Path) -> None:
+    """Write the weights as a Hugging Face folder; rows that pad the vocabulary stay behind."""
+    from colossalai.tensor.padded_tensor import api
+
+    whole = api._hijack_back_detach_and_clone
+
+    def give_methods_back(tensor: Any) -> Any:
+        # A pipeline saves detached copies, which have the marks of padding and never had its methods.
+        return whole(tensor) if hasattr(tensor, "_unpad_detach") else tensor
+
+    with mock.patch.object(api, "_hijack_back_detach_and_clone", give_methods_back):
+        booster.save_model(model, str(directory), shard=True, use_safetensors=True)

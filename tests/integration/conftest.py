@@ -170,6 +170,15 @@ class Bench:
         return train_plainly(self._weights(shape), np.load(self._folder / "data.npy"))
 
 
+@pytest.fixture(scope="session")
+def colossalai_python() -> str:
+    """The interpreter of ColossalAI's own environment, which `make test` creates."""
+    found = os.environ.get("MESHWRIGHT_COLOSSALAI_PYTHON")
+    if found is None:
+        pytest.fail("MESHWRIGHT_COLOSSALAI_PYTHON must name the Python of `meshwright env create colossalai`")
+    return found
+
+
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The CASES of a test module, and its RESUMED: name -> (case whose checkpoint is read, case that reads it)."""

@@ -17,15 +17,20 @@ PLANS = {
     "accelerate-fsdp2": ("strategy=accelerate", "plan.zero_stage=3"),
     "megatron-tp2": ("strategy=megatron", "plan.tp=2"),
     "megatron-pp2": ("strategy=megatron", "plan.pp=2"),
+    # A vocabulary that is padded, and one that a stage saves apart.
+    "colossalai-tp2": ("strategy=colossalai", "plan.tp=2", "model.vocab_size=300"),
+    "colossalai-pp2": ("strategy=colossalai", "plan.pp=2"),
+    "colossalai-zero1": ("strategy=colossalai", "plan.zero_stage=1"),
 }
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_exported_weights_have_the_loss_of_the_run(
-    shell: Callable[..., Any], tmp_path: Path, plan: str
+    shell: Callable[..., Any], tmp_path: Path, colossalai_python: str, plan: str
 ) -> None:
+    python = [f"submit.python={colossalai_python}"] if plan.startswith("colossalai") else []
     run, folder = tmp_path / "run", tmp_path / "weights"
-    trained = shell("train", *SMALL, *PLANS[plan], f"run_dir={run}", "--json")
+    trained = shell("train", *SMALL, *PLANS[plan], *python, f"run_dir={run}", "--json")
     assert trained.code == 0, trained.err
     exported = shell("export", str(run), str(folder), "--json")
     assert exported.code == 0, exported.err
