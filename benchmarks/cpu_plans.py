@@ -1,5 +1,6 @@
-"""Predicted against measured on this CPU: every legal 2- and 4-process plan of three small shapes, by rank correlation.
+"""Predicted against measured on this CPU, by rank correlation: data parallel plans of three small shapes.
 
+Every one that Accelerate and DeepSpeed have for two and four processes.
 Run: python -m benchmarks.cpu_plans --record
 """
 

@@ -23,8 +23,6 @@ from launcher.run_dir import RunDir, open_run
 from launcher.submit import local
 
 BAR = 1.02
-BARE_SCRIPTS = {"deepspeed": "bare_deepspeed.py", "fsdp2": "bare_fsdp2.py"}
-STRATEGIES = {"deepspeed": "deepspeed", "fsdp2": "accelerate"}
 MONITORS = ("default", "none")
 # 0.15 to 0.3 s a step on two desktop cores.
 SMALL = (
@@ -37,16 +35,40 @@ SMALL = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How Meshwright and the bare script run an engine; `zero_stage` is what the script has built in."""
+
+    strategy: str
+    script: str
+    zero_stage: int
+    takes_tp: bool = False
+
+
+ENGINES = {
+    "deepspeed": Engine(strategy="deepspeed", script="bare_deepspeed.py", zero_stage=2),
+    "fsdp2": Engine(strategy="accelerate", script="bare_fsdp2.py", zero_stage=2),
+    "megatron": Engine(strategy="megatron", script="bare_megatron.py", zero_stage=1, takes_tp=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """One engine and one shape, the same on both sides."""
 
     engine: str
     num_ranks: int
+    tp: int
     micro_batch_size: int
     num_microbatches: int
     num_steps: int
     warmup: int
     words: tuple[str, ...]  # model and training, in the launcher's words
+
+    @property
+    def name(self) -> str:
+        """What the record is called."""
+        split = f"-tp{self.tp}" if self.tp > 1 else ""
+        return f"step_overhead-{self.engine}{split}-{self.num_microbatches}x{self.micro_batch_size}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -54,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     case = Case(
         engine=options.engine,
         num_ranks=options.num_ranks,
+        tp=options.tp,
         micro_batch_size=options.micro_batch_size,
         num_microbatches=options.num_microbatches,
         num_steps=options.num_steps,
@@ -65,9 +88,8 @@ def main(arguments: Sequence[str]) -> None:
     figures = {**_summary(rounds), "rounds": rounds}
     print(json.dumps(_summary(rounds), indent=2))
     if options.record:
-        name = f"step_overhead-{case.engine}-{case.num_microbatches}x{case.micro_batch_size}"
         done = record.create("step_overhead", arguments=arguments, figures=figures)
-        print(f"recorded {record.write(done, name=name).name}")
+        print(f"recorded {record.write(done, name=case.name).name}")
 
 
 def _round(case: Case, folder: Path) -> dict[str, float]:
@@ -105,14 +127,23 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _run_meshwright(case: Case, path: Path, *, monitor: str) -> RunDir:
-    num_sequences = case.num_ranks * case.micro_batch_size * case.num_microbatches
-    words = [
+    words = [*launcher_words(case), f"monitor={monitor}", f"run_dir={path}"]
+    _call([sys.executable, "-m", "launcher", "train", *words], environment=dict(os.environ))
+    return open_run(path)
+
+
+def launcher_words(case: Case) -> list[str]:
+    """Pin all of the plan that the bare script has built in; the rest are its options."""
+    engine = ENGINES[case.engine]
+    num_sequences = case.num_ranks // case.tp * case.micro_batch_size * case.num_microbatches
+    return [
         *case.words,
-        f"strategy={STRATEGIES[case.engine]}",
-        f"monitor={monitor}",
+        f"strategy={engine.strategy}",
         "cluster.num_nodes=1",
         f"cluster.gpus_per_node={case.num_ranks}",
-        "plan.zero_stage=2",
+        f"plan.tp={case.tp}",
+        f"plan.sequence_parallel={'true' if case.tp > 1 else 'false'}",
+        f"plan.zero_stage={engine.zero_stage}",
         "plan.recompute=none",
         f"plan.micro_batch_size={case.micro_batch_size}",
         f"plan.num_microbatches={case.num_microbatches}",
@@ -121,34 +152,37 @@ def _run_meshwright(case: Case, path: Path, *, monitor: str) -> RunDir:
         "checkpoint.interval=0",
         "checkpoint.save_last=false",
         f"evaluation.num_sequences={num_sequences}",
-        f"run_dir={path}",
     ]
-    _call([sys.executable, "-m", "launcher", "train", *words], environment=dict(os.environ))
-    return open_run(path)
 
 
 def _run_bare(case: Case, run: RunDir, log: Path) -> Path:
     """Run the bare script on the model shape, the tokens and the precision of `run`."""
-    job, plan, dataset = run.job(), run.plan(), run.dataset()
     environment = local.environment(
         os.environ, num_processes=case.num_ranks, num_cores=len(os.sched_getaffinity(0))
     )
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.num_ranks}"]
+    script = record.REPOSITORY / "benchmarks" / ENGINES[case.engine].script
+    _call([sys.executable, *torchrun, str(script), *bare_words(case, run, log)], environment=environment)
+    return log
+
+
+def bare_words(case: Case, run: RunDir, log: Path) -> list[str]:
+    """Tell the bare script what it shares with `run`, and where to write its steps."""
+    job, plan, dataset = run.job(), run.plan(), run.dataset()
     options = {
         "config": run.weights,
         "tokens": dataset.path("train"),
         "dtype": dataset.dtype,
         "sequence-length": job.training.sequence_length,
-        "micro-batch-size": case.micro_batch_size,
-        "num-microbatches": case.num_microbatches,
-        "num-steps": case.num_steps,
+        "micro-batch-size": plan.micro_batch_size,
+        "num-microbatches": plan.num_microbatches,
+        "num-steps": job.training.num_steps,
         "precision": plan.precision,
         "out": log,
     }
-    script = record.REPOSITORY / "benchmarks" / BARE_SCRIPTS[case.engine]
-    words = [f"--{name}={value}" for name, value in options.items()]
-    _call([sys.executable, *torchrun, str(script), *words], environment=environment)
-    return log
+    if ENGINES[case.engine].takes_tp:
+        options["tensor-parallel"] = plan.tp
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def _call(command: Sequence[str], *, environment: dict[str, str]) -> None:
@@ -161,16 +195,24 @@ def _call(command: Sequence[str], *, environment: dict[str, str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__)
-    parser.add_argument("--engine", choices=sorted(BARE_SCRIPTS), required=True)
+    parser.add_argument("--engine", choices=sorted(ENGINES), required=True)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--num-steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--num-ranks", type=int, default=2)
+    parser.add_argument("--tp", type=int, default=1, help="tensor and sequence parallel; with megatron only")
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--num-microbatches", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="write a record to benchmarks/records")
     parser.add_argument("words", nargs="*", help="key=value for both sides, instead of a small model")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.tp > 1 and not ENGINES[options.engine].takes_tp:
+        parser.error(
+            f"--tp={options.tp} is not in the bare script of --engine={options.engine}; use megatron"
+        )
+    if options.num_ranks % options.tp:
+        parser.error(f"--tp={options.tp} does not divide --num-ranks={options.num_ranks}")
+    return options
 
 
 if __name__ == "__main__":

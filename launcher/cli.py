@@ -290,6 +290,8 @@ def _notes(job: Job) -> list[str]:
 
 def _resume(arguments: list[str], output: Output) -> int:
     words = [word for word in arguments[1:] if not word.startswith("-")]
+    for word in words:
+        replan.read(word)  # before anything is opened
     run = _open_argument("resume", [word for word in arguments if word not in words])
     if words and _under_torchrun():
         raise ConfigError(

@@ -43,20 +43,26 @@ def with_words(job: Job, words: Sequence[str], *, strategy: str) -> Job:
     """Return the frozen `job` with the plan's and the cluster's keys in `words` set; nothing else may change."""
     data: dict[str, Any] = encode(job)
     for word in words:
-        key, sign, text = word.partition("=")
-        section, _, name = key.partition(".")
-        if not sign or not ((section == "plan" and name) or key in _CLUSTER_KEYS):
-            raise ConfigError(
-                f"'{word}' cannot be changed when a run is resumed; only plan.KEY=VALUE, "
-                f"{' and '.join(f'{key}=N' for key in _CLUSTER_KEYS)} can, the rest is frozen"
-            )
-        try:
-            data[section][name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"'{word}' has a value that cannot be read; write key=value") from error
+        section, name, value = read(word)
+        data[section][name] = value
     changed = decode(Job, data)
     # Files of one engine are not another's: the planner may not choose again.
     return replace(changed, strategy=replace(changed.strategy, name=strategy))
+
+
+def read(word: str) -> tuple[str, str, Any]:
+    """Return section, key and value of one word; raise ConfigError for what stays frozen."""
+    key, sign, text = word.partition("=")
+    section, _, name = key.partition(".")
+    if not sign or not ((section == "plan" and name) or key in _CLUSTER_KEYS):
+        raise ConfigError(
+            f"'{word}' cannot be changed when a run is resumed; only plan.KEY=VALUE, "
+            f"{' and '.join(f'{key}=N' for key in _CLUSTER_KEYS)} can, the rest is frozen"
+        )
+    try:
+        return section, name, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"'{word}' has a value that cannot be read; write key=value") from error
 
 
 def _check_checkpoint(run: RunDir, job: Job, ranking: Ranking) -> None:

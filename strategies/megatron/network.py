@@ -6,6 +6,7 @@ Training and `verify` build through the same functions. Import nothing of Megatr
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -29,6 +30,7 @@ _TYPE_KEYS = ("params_dtype", "pipeline_dtype")
 def prepare() -> Extensions:
     """Make Megatron-core importable on this machine; say which optional kernels are here."""
     cpu.install()
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # it tells every configuration and bucket
     on_gpu = torch.cuda.is_available()
     return Extensions(
         transformer_engine=on_gpu and importlib.util.find_spec("transformer_engine") is not None,
@@ -184,7 +186,8 @@ def _mask_padding(chunk: GPTModel, *, vocab_size: int) -> None:
         _module: torch.nn.Module, _inputs: Any, output: tuple[torch.Tensor, Any]
     ) -> tuple[torch.Tensor, Any]:
         logits, bias = output
-        logits[..., first:] = torch.finfo(logits.dtype).min
+        # Past autograd, which would copy the gradient of all logits to find zeros in these.
+        logits.detach()[..., first:] = torch.finfo(logits.dtype).min
         return logits, bias
 
     chunk.output_layer.register_forward_hook(fill)

@@ -31,6 +31,8 @@ def test_legal_plans_are_all_and_fill_the_batch(shape: Shape) -> None:
     assert {case.plan.global_batch_size for case in cases} == {4}
     accelerate = plan_runs.legal(shape, name="x", strategy="accelerate", world_size=2)
     assert {case.plan.zero_stage for case in accelerate} == {0, 2, 3}
+    megatron = plan_runs.legal(shape, name="x", strategy="megatron", world_size=2)
+    assert {(case.plan.zero_stage, case.plan.tp) for case in megatron} == {(0, 1), (1, 1)}
 
 
 def test_the_planner_is_asked_about_this_plan_only(shape: Shape) -> None:

@@ -94,7 +94,7 @@ COMMAND_LINE = [
     case("plan", "run_dir=a/b=c", code=CONFIG, says="put special characters between quotes"),
     case("show", "--all", code=CONFIG, says="'--all' is not a flag"),
     case("resume", code=CONFIG, says="takes one run directory"),
-    case("resume", "a", "training.num_steps=3", code=CONFIG, says="the run is frozen"),
+    case("resume", "a", "training.num_steps=3", code=CONFIG, says="cannot be changed when a run is resumed"),
 ]
 ENGINE_KEYS = [
     case(

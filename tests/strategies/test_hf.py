@@ -198,9 +198,11 @@ def test_routers_learn_to_balance_and_the_loss_reported_does_not_show_it(tmp_pat
 
 def test_only_a_family_with_a_balance_loss_has_a_coefficient(weights: Path, tmp_path: Path) -> None:
     assert hf.balance_coefficient(hf.build_model(weights, MODEL)) == 0.0
-    hf.create_weights(MIXTURE, TRAINING, tmp_path)
-    network = hf.build_model(tmp_path, MIXTURE)
-    assert hf.balance_coefficient(network) == network.config.router_aux_loss_coef > 0
+    assert MIXTURE.moe is not None
+    mixture = replace(MIXTURE, moe=replace(MIXTURE.moe, router_aux_loss_coef=0.25))
+    hf.create_weights(mixture, TRAINING, tmp_path)
+    network = hf.build_model(tmp_path, mixture)
+    assert hf.balance_coefficient(network) == 0.25
 
 
 def test_an_older_transformers_is_asked_in_its_own_words(
