@@ -15,7 +15,7 @@ from launcher.planner.calibration import Calibration
 from launcher.planner.estimate import process_bytes
 from launcher.planner.problem import PlanRequest, Problem
 from launcher.planner.search import predict
-from launcher.run_dir import RunDir, open_run
+from launcher.run_dir import RunDir, open_run, since_replanned
 
 
 def read(folder: Path, job: Job) -> Calibration:
@@ -50,7 +50,7 @@ def read(folder: Path, job: Job) -> Calibration:
 
 
 def _measured(run: RunDir) -> dict[str, Any]:
-    for event in reversed(list(run.events())):
+    for event in reversed(since_replanned(list(run.events()))):
         figures = event.get("measured") or {}
         if figures.get("step_s") and figures.get("memory_bytes"):
             return {**figures, "time": event["time"]}

@@ -20,6 +20,7 @@ from launcher import (
     compose,
     env_command,
     environments,
+    interpreter,
     plan_command,
     planner,
     probe,
@@ -30,14 +31,12 @@ from launcher import (
     supervise,
     verify,
 )
-from launcher.cluster import detect
 from launcher.config import Job
 from launcher.data.tokens import prepare
 from launcher.errors import (
     FINISHED,
     INTERRUPTED,
     CheckFailed,
-    ClusterError,
     ConfigError,
     LauncherError,
     RunDirError,
@@ -45,10 +44,8 @@ from launcher.errors import (
 from launcher.output import Output, open_standard_streams, print_line
 from launcher.report.page import page
 from launcher.run_dir import RunDir
-from strategies import ENGINE_PACKAGES
-from strategies.model_spec import ModelSpec
+from launcher.submit import local
 from strategies.names import suggest
-from strategies.spec import Plan, TrainingSpec
 
 USAGE = """\
 meshwright VERB [key=value ...] [--json]
@@ -147,8 +144,8 @@ def _compose(arguments: list[str], output: Output) -> list[Job]:
 
 def _verify(arguments: list[str], output: Output) -> int:
     asked, words = verify.take(arguments)
-    for model, plan, training in _plans_to_verify(words, output):
-        verified = verify.verify(model, plan, training, asked)
+    for subject in _plans_to_verify(words, output):
+        verified = verify.verify(subject, asked)
         output.result(verify.to_json(verified), verify.to_text(verified))
         if verified.problem is not None:
             # The figures are the answer; a fault would put its own document in their place.
@@ -157,14 +154,19 @@ def _verify(arguments: list[str], output: Output) -> int:
     return FINISHED
 
 
-def _plans_to_verify(words: list[str], output: Output) -> Iterator[tuple[ModelSpec, Plan, TrainingSpec]]:
+def _plans_to_verify(words: list[str], output: Output) -> Iterator[verify.Subject]:
     if verify.names_a_run(words):
         run = _open_argument("verify", words)
-        yield run.job().model, run.plan(), run.job().training
+        job = run.job()
+        python = interpreter.find(run.interpreter(), record=run.env_file)
+        yield verify.Subject(model=job.model, plan=run.plan(), training=job.training, python=python)
         return
     plan_command.refuse("verify", words)
-    for ranking in map(rank, _compose(words, output)):
-        yield ranking.problem.model, ranking.choose().plan, ranking.problem.training
+    for job in _compose(words, output):
+        ranking = rank(job)
+        plan, problem = ranking.choose().plan, ranking.problem
+        python = environments.choose(plan.strategy, named=job.submit.python).path
+        yield verify.Subject(model=problem.model, plan=plan, training=problem.training, python=python)
 
 
 def _train(arguments: list[str], output: Output) -> int:
@@ -212,7 +214,9 @@ def freeze(job: Job, output: Output) -> RunDir:
     _check_goal(job, ranking)
     python = environments.choose(chosen.plan.strategy, named=job.submit.python, is_given=_under_torchrun())
     if not _under_torchrun():
-        _check_host(job, chosen.plan)
+        local.check_host(
+            job.cluster, chosen.plan, start="train ...` with the same words and a shared run_dir"
+        )
     path = _run_path(job, chosen.plan.strategy)
     job = replace(job, run_dir=str(path))
     if _under_torchrun() and (path / "plan.json").exists():
@@ -240,24 +244,6 @@ def _check_goal(job: Job, ranking: planner.Ranking) -> None:
         )
 
 
-def _check_host(job: Job, plan: Plan) -> None:
-    """Raise unless this host alone can run the plan: several nodes need a start on each, GPUs have to be here."""
-    cluster = job.cluster
-    if cluster.num_nodes > 1:
-        raise ClusterError(
-            f"cluster.num_nodes={cluster.num_nodes} needs a start on every node; run there `torchrun "
-            f"--nnodes={cluster.num_nodes} --nproc-per-node={cluster.gpus_per_node} --rdzv-backend=c10d "
-            "--rdzv-endpoint=HOST:PORT -m launcher train ...` with the same words and a shared run_dir"
-        )
-    if cluster.gpu.device == "cuda" and plan.strategy in ENGINE_PACKAGES:
-        found = len(detect.probe().gpus)
-        if found < cluster.gpus_per_node:
-            raise ClusterError(
-                f"cluster.gpus_per_node={cluster.gpus_per_node} of {cluster.gpu.name} are planned and this host "
-                f"shows {found} GPUs; use cluster=local to train on what is here (`plan` works anywhere)"
-            )
-
-
 def _run_path(job: Job, strategy: str) -> Path:
     if job.run_dir:
         return Path(job.run_dir).expanduser().resolve()
@@ -281,7 +267,7 @@ def _notes(job: Job) -> list[str]:
     gpu = job.cluster.gpu
     notes = environments.absences(compose.strategies_of(job))
     if job.training.precision == "fp32" and gpu.device == "cuda" and "bf16" not in gpu.peak_tflops:
-        notes.append(f"training.precision=fp32: {gpu.name} has no bf16, and fp16 is not offered yet")
+        notes.append(f"training.precision=fp32: {gpu.name} has no bf16; strategy=megatron offers fp16")
     return notes
 
 
@@ -298,15 +284,17 @@ def _resume(arguments: list[str], output: Output) -> int:
             f"'{words[0]}' cannot be planned by ranks that torchrun has started already; "
             "`meshwright resume RUN_DIR plan.KEY=VALUE` replans and starts them itself"
         )
+    if words and show.describe(run)["state"] == "finished":
+        raise ConfigError(f"{run.path} is finished, there is nothing to plan anew; `show` tells of it")
     if words:
-        replan.replan(run, words, rank=rank)
+        replan.replan(run, words, rank=rank, check=lambda job, plan: local.check_gpus(job.cluster, plan))
     if _under_torchrun():
         if os.environ["RANK"] == "0":
             _take_over(run)
         _become_worker([str(run.path)])
     if show.describe(run)["state"] == "finished":
         return _report(run, output)
-    _check_host(run.job(), run.plan())
+    local.check_host(run.job().cluster, run.plan(), start=f"resume {run.path}`")
     return _drive(run, output)
 
 
@@ -319,7 +307,9 @@ def _export(arguments: list[str], output: Output) -> int:
     run, folder = _open_argument("export", arguments[:1]), Path(arguments[1]).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder; choose another for the weights")
-    _check_host(run.job(), run.plan())
+    local.check_host(
+        run.job().cluster, run.plan(), start=f"resume {run.path}`; for an export, plan one node first"
+    )
     code = supervise.run_workers(run, quiet_stdout=output.as_json, export=folder)
     if code == FINISHED:
         output.result({"weights": str(folder)}, f"weights {folder}")

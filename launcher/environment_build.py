@@ -80,6 +80,7 @@ def create(name: str, *, torch: str, base: str) -> tuple[Environment, bool]:
     with alone(folder) as lock:
         present = inspect(folder)
         if present is not None and present.state == "ready":
+            _lead_here(folder)
             return present, False
         shutil.rmtree(folder, ignore_errors=True)
         try:
@@ -104,9 +105,7 @@ def _build(folder: Path, *, pins: Mapping[str, str], torch: str, base: str, lock
     (folder / "lock.txt").write_text(lock_text(pins), encoding="utf-8")
     for step in rest:
         _run(step, log=log, lock=lock)
-    # For a bare torchrun out of this environment; what a launcher of ours starts is told its place.
-    site = next(folder.glob("lib/python3*/site-packages"))
-    (site / "meshwright.pth").write_text(f"{interpreter.import_folder()}\n", encoding="utf-8")
+    _lead_here(folder)
     record = {
         "versions": _verified(folder, pins, log=log),
         "size_bytes": _size(folder),
@@ -116,6 +115,15 @@ def _build(folder: Path, *, pins: Mapping[str, str], torch: str, base: str, lock
     aside = folder / f".{RECORD}"
     aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, folder / RECORD)
+
+
+def _lead_here(folder: Path) -> None:
+    """Let a bare torchrun out of this environment find the Meshwright that last asked for it.
+
+    What a launcher of ours starts is told its place.
+    """
+    site = next(folder.glob("lib/python3*/site-packages"))
+    (site / "meshwright.pth").write_text(f"{interpreter.import_folder()}\n", encoding="utf-8")
 
 
 def _verified(folder: Path, pins: Mapping[str, str], *, log: Path) -> dict[str, str]:

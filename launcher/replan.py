@@ -12,42 +12,58 @@ from typing import Any
 
 import yaml
 
+import strategies
 from launcher import run_dir
-from launcher.checkpoint import CheckpointStore
+from launcher.checkpoint import LAYOUT, CheckpointStore
 from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError
 from launcher.planner import Ranking
 from launcher.planner.explain import to_json
+from launcher.planner.goals import Goal
 from launcher.run_dir import RunDir
+from strategies.spec import Plan
 
 _CLUSTER_KEYS = ("cluster.num_nodes", "cluster.gpus_per_node")
 
 
-def replan(run: RunDir, words: Sequence[str], *, rank: Callable[[Job], Ranking]) -> None:
-    """Plan `run` anew under `words` and freeze the result; raise before anything is changed where it cannot be."""
-    job = with_words(run.job(), words, strategy=run.plan().strategy)
+def replan(
+    run: RunDir,
+    words: Sequence[str],
+    *,
+    rank: Callable[[Job], Ranking],
+    check: Callable[[Job, Plan], None],
+) -> None:
+    """Plan `run` anew under `words` and freeze the result; `check` and all else raise before anything is changed."""
+    before = run.plan()
+    job = with_words(run.job(), words, plan=before)
     lock = run_dir.lock(run)
     try:
         ranking = rank(job)
         chosen = ranking.choose().plan
-        _check_checkpoint(run, job, ranking)
-        before = run.plan()
+        _check_checkpoint(run, job, chosen)
+        check(job, chosen)
         run_dir.refreeze(run, job=job, plan=to_json(ranking))
         run.log_event("replanned", words=list(words), before=encode(before), after=encode(chosen))
     finally:
         os.close(lock)
 
 
-def with_words(job: Job, words: Sequence[str], *, strategy: str) -> Job:
-    """Return the frozen `job` with the plan's and the cluster's keys in `words` set; nothing else may change."""
+def with_words(job: Job, words: Sequence[str], *, plan: Plan) -> Job:
+    """Return the frozen `job` with the plan's and the cluster's keys in `words` set.
+
+    What was left to the planner stays as in `plan` where the engine's checkpoints depend on it.
+    """
     data: dict[str, Any] = encode(job)
+    for name in LAYOUT:
+        if name not in strategies.capabilities(plan.strategy).reshardable and data["plan"][name] is None:
+            data["plan"][name] = encode(getattr(plan, name))
     for word in words:
         section, name, value = read(word)
         data[section][name] = value
     changed = decode(Job, data)
-    # Files of one engine are not another's: the planner may not choose again.
-    return replace(changed, strategy=replace(changed.strategy, name=strategy))
+    # Files of one engine are not another's: the planner may not choose again. Nor is another goal meant.
+    return replace(changed, strategy=replace(changed.strategy, name=plan.strategy), goal=Goal())
 
 
 def read(word: str) -> tuple[str, str, Any]:
@@ -65,10 +81,9 @@ def read(word: str) -> tuple[str, str, Any]:
         raise ConfigError(f"'{word}' has a value that cannot be read; write key=value") from error
 
 
-def _check_checkpoint(run: RunDir, job: Job, ranking: Ranking) -> None:
+def _check_checkpoint(run: RunDir, job: Job, plan: Plan) -> None:
     store = CheckpointStore(run.checkpoints, job.checkpoint)
     skipped: list[str] = []
     found = store.latest_good(skipped.append)
     if found is not None:
-        plan, data = ranking.choose().plan, run.dataset().content_hash
-        store.check_belongs(found[1], plan=plan, model=job.model, dataset_hash=data)
+        store.check_belongs(found[1], plan=plan, model=job.model, dataset_hash=run.dataset().content_hash)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -142,6 +142,12 @@ class RunDir:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
+
+
+def since_replanned(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Leave out what happened under plans that were replaced."""
+    last = max((index for index, event in enumerate(events) if event["event"] == "replanned"), default=-1)
+    return events[last + 1 :]
 
 
 def create(

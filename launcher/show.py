@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.checkpoint import CheckpointStore
 from launcher.monitor.metrics import read
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, since_replanned
 from strategies.spec import Plan
 
 STATES = {
@@ -27,7 +27,7 @@ def describe(run: RunDir) -> dict[str, Any]:
     plan_data = run.plan_data()
     events = list(run.events())
     metrics = read(run.metrics_file)
-    measured = next((e["measured"] for e in reversed(events) if "measured" in e), None)
+    measured = next((e["measured"] for e in reversed(since_replanned(events)) if "measured" in e), None)
     failure: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("failed", "launched")), {})
     return {
         "run_dir": str(run.path),

@@ -45,6 +45,7 @@ class _StopRequests:
     """Signals seen while the workers run."""
 
     run: RunDir
+    exporting: bool = False
     process: subprocess.Popen[bytes] | None = None
     received: signal.Signals | None = None
     count: int = 0
@@ -52,7 +53,7 @@ class _StopRequests:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.received = self.received or signal.Signals(number)
-        if self.count == 1:
+        if self.count == 1 and not self.exporting:
             self.run.stop_file.touch()
             print(
                 "meshwright: stopping after this step with a checkpoint; once more to end at once",
@@ -60,7 +61,7 @@ class _StopRequests:
             )
         elif self.process is not None:
             # torchrun passes SIGTERM on to its ranks; the third request does not ask anybody.
-            _kill(self.process, signal.SIGTERM if self.count == 2 else signal.SIGKILL)
+            _kill(self.process, signal.SIGTERM if self.count <= 2 else signal.SIGKILL)
 
 
 def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) -> int:
@@ -84,7 +85,7 @@ def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) 
     )
     # An export leaves the state of the run as it was.
     run.log_event("launched" if export is None else "exporting", command=command)
-    requests = _StopRequests(run=run)
+    requests = _StopRequests(run=run, exporting=export is not None)
     with (run.logs / "stderr.log").open("ab") as stderr, _handling(requests):
         start = stderr.tell()
         # A session of its own: Ctrl-C reaches only us, and the workers get time to save.
@@ -103,11 +104,12 @@ def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) 
         code=code,
         requests=requests,
         stderr_from=start,
-        fault="failed" if export is None else "export_failed",
     )
 
 
-def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: int, fault: str) -> int:
+def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: int) -> int:
+    if requests.exporting and requests.received is not None:
+        return _SIGNAL_EXIT_CODES[requests.received]
     finished = next((event["event"] for event in reversed(list(run.events()))), None) == "finished"
     # One request that ends in a fault is a fault: the checkpoint it promised may be missing.
     if requests.received is not None and not finished and (code == 0 or requests.count > 1):
@@ -117,6 +119,7 @@ def _conclude(run: RunDir, *, code: int, requests: _StopRequests, stderr_from: i
     if code == 0:
         return 0
     failure = explain(run, code=code, stderr_from=stderr_from)
+    fault = "export_failed" if requests.exporting else "failed"
     run.log_event(fault, type=type(failure).__name__, message=str(failure), exit_code=failure.exit_code)
     raise failure
 

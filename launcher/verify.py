@@ -10,12 +10,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import strategies as adapters
-from launcher import environments
 from launcher.cluster import detect
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, EngineError, PlanError
@@ -36,6 +36,16 @@ _LIMIT_S = 1800.0
 _MOST_PROCESSES = 4  # of half a GiB each
 
 STATES = ("weights", "gradients", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is verified, and the Python that has its engine."""
+
+    model: ModelSpec
+    plan: Plan
+    training: TrainingSpec
+    python: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,12 +128,13 @@ def names_a_run(words: Sequence[str]) -> bool:
     return len(words) == 1 and "=" not in words[0] and not words[0].startswith("-")
 
 
-def verify(model: ModelSpec, plan: Plan, training: TrainingSpec, asked: Asked | None = None) -> Verified:
+def verify(subject: Subject, asked: Asked | None = None) -> Verified:
     """Ask the engine about every rank wanted; raise PlanError or EngineError with what it refuses."""
     asked = asked or Asked()
+    model, plan, training = subject.model, subject.plan, subject.training
     _check(plan, model)
     ranks = _ranks(model, plan, asked)
-    answers = _ask(model, plan, training, list(ranks))
+    answers = _ask(subject, list(ranks))
     predicted = _Predictions(model, plan, training)
     found = []
     for answer in answers:
@@ -227,34 +238,45 @@ def _rows(found: Inspection, predicted: Mapping[str, float]) -> Iterator[Row]:
 # ---- the engine ---------------------------------------------------------------------------------------------------
 
 
-def _ask(model: ModelSpec, plan: Plan, training: TrainingSpec, ranks: Sequence[int]) -> list[dict[str, Any]]:
+def _ask(subject: Subject, ranks: Sequence[int]) -> list[dict[str, Any]]:
     """Deal the ranks out to a few processes: each is one rank after the other, as importing an engine takes long."""
-    inputs = {"model": encode(model), "plan": encode(plan), "training": encode(training)}
     count = max(1, min(len(ranks), detect.count_cores(), _MOST_PROCESSES))
+    started: list[subprocess.Popen[bytes]] = []
     with (
         tempfile.TemporaryDirectory(prefix="meshwright-verify-") as folder,
         ThreadPoolExecutor(count) as pool,
     ):
-        hands = [pool.submit(_run, Path(folder) / str(i), inputs, ranks[i::count]) for i in range(count)]
-        answers = [answer for hand in hands for answer in hand.result()]
+        hands = [
+            pool.submit(_run, Path(folder) / str(i), subject, ranks[i::count], started) for i in range(count)
+        ]
+        try:
+            answers = [answer for hand in hands for answer in hand.result()]
+        except BaseException:  # Ctrl-C reaches us alone: the engines have sessions of their own
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
     return sorted(answers, key=lambda answer: ranks.index(answer["rank"]))
 
 
-def _run(place: Path, inputs: Mapping[str, Any], ranks: Sequence[int]) -> list[dict[str, Any]]:
+def _run(
+    place: Path, subject: Subject, ranks: Sequence[int], started: list[subprocess.Popen[bytes]]
+) -> list[dict[str, Any]]:
     request, results = place.with_suffix(".request.json"), place.with_suffix(".results.json")
+    inputs = {name: encode(getattr(subject, name)) for name in ("model", "plan", "training")}
     content = {**inputs, "ranks": list(ranks), "results": str(results)}
     request.write_text(json.dumps(content), encoding="utf-8")
-    engine = str(inputs["plan"]["strategy"])
-    python = environments.choose(engine).path
-    command = local.argv(run_dir=request, num_processes=1, port=None, module=WORKER, python=python)
-    _finish(command, engine, python=python)
+    command = local.argv(run_dir=request, num_processes=1, port=None, module=WORKER, python=subject.python)
+    _finish(command, subject, started)
     answers: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))
     return answers
 
 
-def _finish(command: Sequence[str], engine: str, *, python: str) -> None:
+def _finish(command: Sequence[str], subject: Subject, started: list[subprocess.Popen[bytes]]) -> None:
+    engine = subject.plan.strategy
     environment = local.environment(
-        os.environ, num_processes=1, num_cores=detect.count_cores(), python=python
+        os.environ, num_processes=1, num_cores=detect.count_cores(), python=subject.python
     )
     # Shapes are all that is looked at: a GPU that is here stays untouched.
     environment.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
@@ -262,6 +284,7 @@ def _finish(command: Sequence[str], engine: str, *, python: str) -> None:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
         )
+        started.append(process)
         try:
             code = process.wait(timeout=_LIMIT_S)
         except subprocess.TimeoutExpired as error:

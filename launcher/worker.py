@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import socket
 import sys
 import traceback
@@ -27,6 +28,7 @@ from launcher.errors import (
     DeviceMemoryError,
     EngineError,
     LauncherError,
+    RunDirError,
     TrainingError,
 )
 from launcher.monitor import log
@@ -79,6 +81,11 @@ def _work(run: RunDir, *, store: Store | None, export: Path | None) -> None:
     if frozen is not None:  # each node may have its own; under bare torchrun nobody has looked yet
         interpreter.check_import(strategies.ENGINE_PACKAGES.get(plan.strategy), strategy=plan.strategy)
         interpreter.check(frozen, has=interpreter.installed(), record=run.env_file)
+    if job.cluster.world_size != plan.world_size:
+        raise RunDirError(
+            f"{run.path}: the plan is for {plan.world_size} ranks and cluster.* for {job.cluster.world_size}: "
+            "planning anew was cut short; repeat `meshwright resume` with the same words"
+        )
     try:
         environment.apply(environment.environment(plan, job.training), os.environ)
     except ValueError as error:
@@ -117,11 +124,18 @@ def _export(trainer: Trainer, directory: Path) -> None:
         raise CheckpointError(
             f"{trainer.run.checkpoints} holds no checkpoint yet, so there is nothing to export; train first"
         )
+    # Written aside: a folder that is there is whole, and a failed export can be repeated.
+    aside = directory.with_name(f".{directory.name}.part")
+    if trainer.ranks.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    trainer.ranks.barrier()
     try:
-        trainer.strategy.export(directory)
+        trainer.strategy.export(aside)
     except ValueError as error:  # an adapter's own refusal, in a sentence
         raise EngineError(str(error)) from error
+    trainer.ranks.barrier()  # stages may write files of their own
     if trainer.ranks.rank == 0:
+        os.replace(aside, directory)
         trainer.run.log_event("exported", step=trainer.step, directory=str(directory))
         logger.info("weights of step %d written to %s", trainer.step, directory)
 

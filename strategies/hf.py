@@ -33,6 +33,11 @@ _SHAPE = (
     "head_size",
     "ffn_hidden_size",
     "tied_embeddings",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "moe",
     "num_parameters",
 )
 
@@ -104,6 +109,9 @@ def build_unfilled_model(model: ModelSpec) -> PreTrainedModel:
 
     config = AutoConfig.for_model(**to_hf_config(model))
     config.use_cache = False
+    for key in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)  # as in to_hf_config: not every engine draws the same random numbers
     return _for_training(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
@@ -220,6 +228,9 @@ def _read_config(weights: Path, model: ModelSpec) -> Any:
     check_weights(weights, model)
     config = AutoConfig.from_pretrained(weights, local_files_only=True)
     config.use_cache = False
+    for key in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)  # as in to_hf_config: not every engine draws the same random numbers
     if _is_before_5():
         # Rotary settings had other names then, and a file of transformers 5 would leave their defaults.
         config.rope_theta = model.rope_theta

@@ -7,8 +7,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from launcher.cluster import detect
+from launcher.cluster.spec import ClusterSpec
 from launcher.errors import ClusterError
 from launcher.interpreter import surroundings
+from strategies import ENGINE_PACKAGES
+from strategies.spec import Plan
 
 
 def argv(
@@ -65,3 +69,25 @@ def check_port(port: int | None) -> None:
                 f"submit.port={port} cannot be used on this host ({error.strerror}); "
                 "choose another, or null for a free one"
             ) from error
+
+
+def check_host(cluster: ClusterSpec, plan: Plan, *, start: str) -> None:
+    """Raise unless this host alone can run the plan; `start` says what each of several nodes has to run, and `."""
+    if cluster.num_nodes > 1:
+        raise ClusterError(
+            f"cluster.num_nodes={cluster.num_nodes} needs a start on every node; run there `torchrun "
+            f"--nnodes={cluster.num_nodes} --nproc-per-node={cluster.gpus_per_node} --rdzv-backend=c10d "
+            f"--rdzv-endpoint=HOST:PORT -m launcher {start}"
+        )
+    check_gpus(cluster, plan)
+
+
+def check_gpus(cluster: ClusterSpec, plan: Plan) -> None:
+    """Raise unless this host has the GPUs that the plan gives each node."""
+    if cluster.gpu.device == "cuda" and plan.strategy in ENGINE_PACKAGES:
+        found = len(detect.probe().gpus)
+        if found < cluster.gpus_per_node:
+            raise ClusterError(
+                f"cluster.gpus_per_node={cluster.gpus_per_node} of {cluster.gpu.name} are planned and this host "
+                f"shows {found} GPUs; use cluster=local to train on what is here (`plan` works anywhere)"
+            )

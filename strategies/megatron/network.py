@@ -107,6 +107,8 @@ def _build_chunk(settings: Settings, config: TransformerConfig, *, stage: int, v
         vp_stage=vp_stage,
     )
     _mark_experts(chunk)
+    if torch.cuda.is_available():
+        chunk.cuda(torch.cuda.current_device())  # upstream makes norms, positions and routers on the host
     if chunk.post_process:
         _mask_padding(chunk, vocab_size=vocab_size)
     return chunk

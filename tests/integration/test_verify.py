@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from launcher import verify
@@ -23,6 +25,10 @@ MODEL = ModelSpec(
 TRAINING = TrainingSpec(sequence_length=32, global_batch_size=8, num_steps=1)
 
 
+def subject(model: ModelSpec, plan: Plan) -> verify.Subject:
+    return verify.Subject(model=model, plan=plan, training=TRAINING, python=sys.executable)
+
+
 def parts(found: verify.RankFound) -> dict[str, int | None]:
     return {row.part: row.engine for row in found.rows}
 
@@ -42,7 +48,7 @@ def test_data_parallel_engines_hold_what_the_formula_says(
     strategy: str, zero_stage: int, widths: tuple[float, float, float]
 ) -> None:
     plan = Plan(strategy=strategy, dp=4, zero_stage=zero_stage, num_microbatches=2)
-    verified = verify.verify(MODEL, plan, TRAINING)
+    verified = verify.verify(subject(MODEL, plan))
     [found] = verified.ranks
     engine = parts(found)
     assert engine["parameters"] == MODEL.num_parameters
@@ -59,7 +65,7 @@ def test_every_stage_of_a_pipeline_is_counted_apart() -> None:
         pipeline_split=(1, 2, 1, 1),
         sequence_parallel=True,
     )
-    verified = verify.verify(MODEL, plan, TRAINING, verify.Asked(all_stages=True))
+    verified = verify.verify(subject(MODEL, plan), verify.Asked(all_stages=True))
     assert [(found.rank, found.stage) for found in verified.ranks] == [(0, 0), (4, 1), (8, 2), (12, 3)]
     assert verified.problem is None
     first, second, third, last = (parts(found) for found in verified.ranks)
@@ -78,7 +84,7 @@ def test_experts_are_cut_over_their_ranks() -> None:
     moe = MoeSpec(num_experts=8, top_k=2, expert_ffn_hidden_size=32)
     mixture = ModelSpec(**{**vars(MODEL), "model_type": "mixtral", "moe": moe, "ffn_hidden_size": 32})
     plan = Plan(strategy="megatron", dp=4, ep=4, zero_stage=1, num_microbatches=2)
-    verified = verify.verify(mixture, plan, TRAINING)
+    verified = verify.verify(subject(mixture, plan))
     [found] = verified.ranks
     assert verified.problem is None
     assert parts(found)["parameters"] == mixture.num_parameters - 5 * 6 * mixture.expert_parameters
@@ -89,4 +95,4 @@ def test_experts_are_cut_over_their_ranks() -> None:
 def test_what_the_engine_refuses_at_its_start_is_said_before_it() -> None:
     plan = Plan(strategy="megatron", dp=1, tp=3, num_microbatches=8)  # past the planner, which would know
     with pytest.raises(EngineError, match=r"megatron refuses this plan on rank 0: .*num_attention_heads"):
-        verify.verify(MODEL, plan, TRAINING)
+        verify.verify(subject(MODEL, plan))

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launcher.checkpoint import LAYOUT
+from launcher.errors import ClusterError
+from launcher.planner.goals import Goal
+from launcher.planner.problem import PlanRequest
+from launcher.replan import with_words
+from launcher.run_dir import open_run, since_replanned
 
 Call = Callable[..., Any]
 SMALL = (
@@ -39,7 +47,7 @@ def test_keys_that_leave_the_checkpoint_as_it_is_may_change(call: Call, stopped:
     assert outcome.code == 0, outcome.err
     assert (outcome.json["state"], outcome.json["step"]) == ("finished", 4)
     after = json.loads((stopped / "plan.json").read_text())
-    assert (before["micro_batch_size"], after["micro_batch_size"]) != (2, 4)
+    assert before["micro_batch_size"] != 2
     assert after["micro_batch_size"] == 2
     assert json.loads((stopped / "plans" / "plan_0001.json").read_text()) == before
     events = [json.loads(line) for line in (stopped / "events.jsonl").read_text().splitlines()]
@@ -70,3 +78,49 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
     assert sentence in outcome.err
     assert ((stopped / "plan.json").read_bytes(), (stopped / "config.yaml").read_bytes()) == before
     assert not (stopped / "plans").exists()
+
+
+def test_a_finished_run_keeps_its_plan(call: Call, stopped: Path) -> None:
+    assert call("resume", str(stopped)).code == 0
+    before = (stopped / "plan.json").read_bytes()
+    outcome = call("resume", str(stopped), "plan.micro_batch_size=2")
+    assert (outcome.code, "is finished, there is nothing to plan anew" in outcome.err) == (2, True)
+    assert (stopped / "plan.json").read_bytes() == before
+
+
+def test_hardware_that_is_not_here_changes_nothing(
+    call: Call, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ClusterError("4 GPUs are planned and this host shows 0")
+
+    monkeypatch.setattr("launcher.submit.local.check_gpus", refuse)
+    before = (stopped / "plan.json").read_bytes()
+    assert call("resume", str(stopped), "plan.micro_batch_size=2").code == 8
+    assert (stopped / "plan.json").read_bytes() == before
+
+
+def test_what_checkpoints_depend_on_is_not_planned_again(stopped: Path) -> None:
+    run = open_run(stopped)
+    plan, job = run.plan(), run.job()
+    free = replace(job, plan=PlanRequest())
+    request = with_words(free, ["plan.micro_batch_size=2"], plan=plan).plan
+    assert request.micro_batch_size == 2
+    assert request.num_microbatches is None
+    assert {name: getattr(request, name) for name in LAYOUT} == {name: getattr(plan, name) for name in LAYOUT}
+    # Megatron-core's can be read under other degrees, not under another ZeRO stage.
+    megatron = with_words(
+        free, [], plan=replace(plan, strategy="megatron", rank_order=("tp", "cp", "dp", "pp"))
+    )
+    assert (megatron.plan.tp, megatron.plan.zero_stage) == (None, plan.zero_stage)
+    assert (megatron.strategy.name, megatron.goal) == ("megatron", Goal())
+
+
+def test_figures_of_a_replaced_plan_are_left_behind() -> None:
+    events = [
+        {"event": "finished", "measured": {"step_s": 1.0}},
+        {"event": "replanned"},
+        {"event": "resumed"},
+    ]
+    assert since_replanned(events) == [{"event": "resumed"}]
+    assert since_replanned(events[:1]) == events[:1]

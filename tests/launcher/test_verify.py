@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from launcher import verify
 from launcher.errors import ConfigError, EngineError, PlanError
-from launcher.verify import Asked, take
+from launcher.verify import Asked, Subject, take
 from strategies.inspection import Inspection
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -46,9 +47,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the engine says in place of a worker; `asked` collects the ranks."""
     box: dict[str, Any] = {"inspection": EXACT, "asked": []}
 
-    def ask(
-        model: ModelSpec, plan: Plan, training: TrainingSpec, ranks: Sequence[int]
-    ) -> list[dict[str, Any]]:
+    def ask(_: Subject, ranks: Sequence[int]) -> list[dict[str, Any]]:
         box["asked"] += ranks
         if "error" in box:
             return [{"rank": ranks[0], **box["error"]}]
@@ -56,6 +55,10 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(verify, "_ask", ask)
     return box
+
+
+def subject(plan: Plan) -> Subject:
+    return Subject(model=MODEL, plan=plan, training=TRAINING, python=sys.executable)
 
 
 def test_flags_are_taken_out_and_the_rest_composes() -> None:
@@ -93,12 +96,12 @@ def test_ranks_stand_in_their_stages(order: tuple[str, ...], asked: Asked, ranks
 
 def test_a_rank_beyond_the_world_is_refused(answers: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--rank=16 is not in a world of 16 ranks"):
-        verify.verify(MODEL, PIPELINE, TRAINING, Asked(ranks=(16,)))
+        verify.verify(subject(PIPELINE), Asked(ranks=(16,)))
     assert answers["asked"] == []
 
 
 def test_an_engine_that_agrees_leaves_no_problem(answers: dict[str, Any]) -> None:
-    verified = verify.verify(MODEL, PLAN, TRAINING)
+    verified = verify.verify(subject(PLAN))
     assert verified.problem is None
     [found] = verified.ranks
     assert found.states.difference == 0.0
@@ -116,7 +119,7 @@ def test_an_engine_that_agrees_leaves_no_problem(answers: dict[str, Any]) -> Non
 def test_states_may_differ_by_two_percent(answers: dict[str, Any], share: float, agrees: bool) -> None:
     off = EXACT.weight_bytes + round(share * EXACT.state_bytes)
     answers["inspection"] = replace(EXACT, weight_bytes=off)
-    problem = verify.verify(MODEL, PLAN, TRAINING).problem
+    problem = verify.verify(subject(PLAN)).problem
     assert (problem is None) is agrees
     if problem is not None:
         assert "on rank 0 (stage 0)" in problem and "2.1%" in problem
@@ -124,12 +127,12 @@ def test_states_may_differ_by_two_percent(answers: dict[str, Any], share: float,
 
 def test_what_a_step_needs_beside_the_states_decides_nothing(answers: dict[str, Any]) -> None:
     answers["inspection"] = replace(EXACT, working_bytes=10**12)
-    assert verify.verify(MODEL, PLAN, TRAINING).problem is None
+    assert verify.verify(subject(PLAN)).problem is None
 
 
 def test_what_was_not_verified_is_said(answers: dict[str, Any]) -> None:
     answers["inspection"] = replace(EXACT, working_bytes=None, notes=("the weather",))
-    verified = verify.verify(MODEL, PLAN, TRAINING)
+    verified = verify.verify(subject(PLAN))
     assert "not verified: the weather" in verify.to_text(verified)
     data = json.loads(json.dumps(verify.to_json(verified)))
     [rank] = data["ranks"]
@@ -145,13 +148,13 @@ def test_what_was_not_verified_is_said(answers: dict[str, Any]) -> None:
 def test_an_engines_own_words_are_repeated_with_engine_and_rank(answers: dict[str, Any]) -> None:
     answers["error"] = {"error": "heads must be divisible", "ours": False}
     with pytest.raises(EngineError, match="accelerate refuses this plan on rank 0: heads must be divisible"):
-        verify.verify(MODEL, PLAN, TRAINING)
+        verify.verify(subject(PLAN))
 
 
 def test_what_our_translation_refuses_is_a_fault_of_the_plan(answers: dict[str, Any]) -> None:
     answers["error"] = {"error": "plan.tp=3 is odd", "ours": True}
     with pytest.raises(PlanError, match=r"^plan\.tp=3 is odd$"):
-        verify.verify(MODEL, PLAN, TRAINING)
+        verify.verify(subject(PLAN))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +169,7 @@ def test_no_engine_is_asked_about_what_is_known(
     answers: dict[str, Any], change: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(error, match=sentence):
-        verify.verify(MODEL, replace(PLAN, **change), TRAINING)
+        verify.verify(subject(replace(PLAN, **change)))
     assert answers["asked"] == []
 
 
