@@ -132,7 +132,12 @@ def interrupted_build(script: Path, pid_file: Path) -> subprocess.Popen[bytes]:
         f"environments.LOCKS = Path({str(script.parent / 'locks')!r}); "
         f"sys.exit(cli.run(['env', 'create', 'tinyengine', 'python={script}']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        start_new_session=True,
+        # A suite that runs in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (pid_file.exists() and pid_file.read_text().strip()) and time.monotonic() < deadline:
         time.sleep(0.02)
