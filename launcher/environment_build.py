@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from launcher.environments import (
     read_lock,
 )
 from launcher.errors import EngineError
+from launcher.files import write_whole
 
 # Imported by the setup of packages that come as sources, which therefore must not build in isolation.
 _BUILD_TOOLS = ("setuptools", "wheel", "ninja")
@@ -112,9 +112,7 @@ def _build(folder: Path, *, pins: Mapping[str, str], torch: str, base: str, lock
         "build_s": round(time.monotonic() - started, 1),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    aside = folder / f".{RECORD}"
-    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / RECORD)
+    write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def _lead_here(folder: Path) -> None:

@@ -22,6 +22,7 @@ from launcher.cluster.fit import to_cluster
 from launcher.cluster.spec import ClusterSpec, Measured
 from launcher.decode import decode, encode
 from launcher.errors import ClusterError, ConfigError
+from launcher.files import write_whole
 from launcher.submit import local
 from strategies.names import suggest
 
@@ -188,12 +189,9 @@ def write(path: Path, cluster: ClusterSpec) -> None:
         f"# Measured by `meshwright probe` on {cluster.measured.host}, {cluster.measured.date}. "
         f"Use it with cluster={path.name}.\n"
     )
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(header + yaml.safe_dump(encode(cluster), sort_keys=False), encoding="utf-8")
-        os.replace(aside, path)
+        write_whole(path, header + yaml.safe_dump(encode(cluster), sort_keys=False))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise ConfigError(f"out={path} cannot be written: {error.strerror}; use another out") from error
 
 

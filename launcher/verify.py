@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ import strategies as adapters
 from launcher.cluster import detect
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, EngineError, PlanError
-from launcher.planner.layouts import padded_vocabulary
-from launcher.planner.memory import MemoryModel
-from launcher.planner.stages import StageShape, stage_kinds, stages_of
+from launcher.planner.cost import MemoryCost
+from launcher.planner.stage_costs import stages_in_memory
+from launcher.planner.stages import StageShape, stages_of
 from launcher.planner.tables import describe, grid, percent_text
 from launcher.submit import local
 from strategies.engine_options import check
@@ -135,7 +135,7 @@ def verify(subject: Subject, asked: Asked | None = None) -> Verified:
     _check(plan, model)
     ranks = _ranks(model, plan, asked)
     answers = _ask(subject, list(ranks))
-    predicted = _Predictions(model, plan, training)
+    stages = stages_in_memory(model, plan, training)
     found = []
     for answer in answers:
         rank = answer["rank"]
@@ -146,7 +146,7 @@ def verify(subject: Subject, asked: Asked | None = None) -> Verified:
             RankFound(
                 rank=rank,
                 stage=ranks[rank],
-                rows=tuple(_rows(inspection, predicted.of(ranks[rank]))),
+                rows=tuple(_rows(inspection, _predicted(*stages[ranks[rank]]))),
                 notes=inspection.notes,
                 seconds=answer["seconds"],
             )
@@ -179,47 +179,28 @@ def _rank(text: str) -> int:
 
 def _ranks(model: ModelSpec, plan: Plan, asked: Asked) -> dict[int, int]:
     """Return rank -> pipeline stage of the ranks to inspect; elsewhere than in its stage, each is the first."""
-    stride = 1
-    for axis in plan.rank_order[: plan.rank_order.index("pp")]:
-        stride *= getattr(plan, axis)
     for rank in asked.ranks:
         if rank >= plan.world_size:
             raise ConfigError(f"{RANK}={rank} is not in a world of {plan.world_size} ranks; use less")
     if asked.ranks:
-        return {rank: rank // stride % plan.pp for rank in asked.ranks}
+        return {rank: plan.coordinate("pp", rank) for rank in asked.ranks}
     stages = range(plan.pp) if asked.all_stages else [stage.index for stage in stages_of(model, plan)]
-    return {stage * stride: stage for stage in stages}
+    return {stage * plan.stride("pp"): stage for stage in stages}
 
 
 # ---- the prediction -----------------------------------------------------------------------------------------------
 
 
-class _Predictions:
-    """What the planner expects on the ranks of each stage, by the names of our rows."""
-
-    def __init__(self, model: ModelSpec, plan: Plan, training: TrainingSpec) -> None:
-        capabilities = adapters.capabilities(plan.strategy)
-        rows = padded_vocabulary(model, multiple=capabilities.vocabulary_multiple, tp=plan.tp)
-        self._model, self._plan = replace(model, vocab_size=rows), plan
-        self._memory = MemoryModel(self._model, training, capabilities)
-
-    def of(self, stage: int) -> dict[str, float]:
-        """Return elements and bytes of one rank of `stage`."""
-        shape = self._shape(stage)
-        cost, _ = self._memory.of(self._plan, shape)
-        return {
-            "parameters": shape.all_parameters,
-            "weights": cost.weights,
-            "gradients": cost.gradients,
-            "optimizer": cost.optimizer,
-            "states": cost.weights + cost.gradients + cost.optimizer,
-            "working": cost.activations + cost.logits + cost.buffers,
-        }
-
-    def _shape(self, stage: int) -> StageShape:
-        kind = stage_kinds(self._model, self._plan)[stage]
-        alike = next(shape for shape in stages_of(self._model, self._plan) if shape.kind == kind)
-        return replace(alike, index=stage)
+def _predicted(stage: StageShape, cost: MemoryCost) -> dict[str, float]:
+    """Return what the planner expects on one rank of a stage, by the names of our rows."""
+    return {
+        "parameters": stage.all_parameters,
+        "weights": cost.weights,
+        "gradients": cost.gradients,
+        "optimizer": cost.optimizer,
+        "states": cost.weights + cost.gradients + cost.optimizer,
+        "working": cost.activations + cost.logits + cost.buffers,
+    }
 
 
 def _rows(found: Inspection, predicted: Mapping[str, float]) -> Iterator[Row]:

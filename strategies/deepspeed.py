@@ -60,10 +60,7 @@ class DeepSpeedStrategy(Strategy):
 
     capabilities = CAPABILITIES
 
-    @staticmethod
-    def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
-        """Write a seeded random start as a Hugging Face folder."""
-        hf.create_weights(model, training, directory)
+    create_weights = staticmethod(hf.create_weights)
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Hand model and torch's AdamW to a DeepSpeed engine."""

@@ -46,7 +46,7 @@ class FakeStrategy(Strategy):
         self._plan = plan
         self._first_loss = math.log(model.vocab_size)
         self._rank = int(os.environ.get("RANK", "0"))
-        self.dp_rank = _dp_rank(plan, self._rank)
+        self.dp_rank = plan.coordinate("dp", self._rank)
         self._steps = 0
         self._checksum = training.seed
 
@@ -87,10 +87,3 @@ class FakeStrategy(Strategy):
 
     def _file(self, directory: Path) -> Path:
         return directory / f"rank-{self._rank:05d}.json"
-
-
-def _dp_rank(plan: Plan, rank: int) -> int:
-    """Coordinate of `rank` on the data-parallel axis."""
-    faster_axes = plan.rank_order[: plan.rank_order.index("dp")]
-    stride: int = math.prod(getattr(plan, axis) for axis in faster_axes)
-    return rank // stride % plan.dp

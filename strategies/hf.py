@@ -104,15 +104,10 @@ def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
 def build_unfilled_model(model: ModelSpec) -> PreTrainedModel:
     """Build the model from its shape alone, for tensors that have no memory."""
     be_quiet()
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**to_hf_config(model))
-    config.use_cache = False
-    for key in ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        if hasattr(config, key):
-            setattr(config, key, 0.0)  # as in to_hf_config: not every engine draws the same random numbers
-    return _for_training(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    return _for_training(AutoModelForCausalLM.from_config(config, **_in_fp32()))
 
 
 def be_quiet() -> None:

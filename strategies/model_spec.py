@@ -133,6 +133,10 @@ class ModelSpec:
         """Layers with experts."""
         return self.num_layers - self.moe.num_dense_layers if self.moe else 0
 
+    def padded_vocab_size(self, multiple: int) -> int:
+        """Return the rows of the token table where an engine pads it to a multiple; 0: it does not."""
+        return -(-self.vocab_size // multiple) * multiple if multiple else self.vocab_size
+
     @property
     def norm_parameters(self) -> int:
         """One norm over the hidden dimension."""

@@ -129,6 +129,16 @@ class Plan:
         """Sequences per optimizer step."""
         return self.micro_batch_size * self.num_microbatches * self.dp
 
+    def stride(self, axis: str) -> int:
+        """Return how far apart neighbours along `axis` are, counted in ranks."""
+        faster = self.rank_order[: self.rank_order.index(axis)]
+        return math.prod(getattr(self, name) for name in faster)
+
+    def coordinate(self, axis: str, rank: int) -> int:
+        """Return where `rank` stands along `axis`."""
+        degree: int = getattr(self, axis)
+        return rank // self.stride(axis) % degree
+
     def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of each of the pp * vp chunks, in the order of the model."""
         return self.pipeline_split or even_split(num_layers, self.pp * self.vp)

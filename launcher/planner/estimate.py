@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from launcher.cluster.spec import ClusterSpec
 from launcher.planner.compute import peak_flops
 from launcher.planner.cost import GIB, CostBreakdown, MemoryCost, parts
-from launcher.planner.layouts import padded_vocabulary
 from launcher.planner.memory import MemoryModel
 from launcher.planner.problem import Problem
 from launcher.planner.stages import StageShape, stages_of
@@ -168,7 +167,7 @@ class Estimator:
         found = self._by_tp.get(plan.tp)
         if found is None:
             model = self._problem.model
-            rows = padded_vocabulary(model, multiple=self._capabilities.vocabulary_multiple, tp=plan.tp)
+            rows = model.padded_vocab_size(self._capabilities.vocabulary_multiple * plan.tp)
             padded = model if rows == model.vocab_size else replace(model, vocab_size=rows)
             found = self._by_tp[plan.tp] = _Models(self._problem, self._capabilities, padded)
         return found

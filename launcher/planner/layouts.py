@@ -71,12 +71,6 @@ def layouts_of(
                 )
 
 
-def padded_vocabulary(model: ModelSpec, *, multiple: int, tp: int) -> int:
-    """Return the rows of the token table under an engine that pads it to a multiple of `multiple` * tp."""
-    step = multiple * tp
-    return -(-model.vocab_size // step) * step if multiple else model.vocab_size
-
-
 def _worlds(problem: Problem, options: Mapping[str, list[int]]) -> Iterator[World]:
     size = problem.cluster.world_size
     for tp in options["tp"]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from launcher import __version__
 from launcher.errors import LauncherError
+from launcher.files import write_whole
 from launcher.planner import explain, sensitivity, why
 from launcher.planner.cost import GIB, parts
 from launcher.planner.estimate import usable_bytes
@@ -37,13 +37,10 @@ _COMPARED = 6  # plans
 
 def write(path: Path, html: str) -> None:
     """Write the page whole or not at all; raise LauncherError where that cannot be."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(html, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, html)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise LauncherError(
             f"report={path} cannot be written: {error.strerror}; name a file in a folder of yours"
         ) from error

@@ -10,7 +10,7 @@ from strategies import hf, process
 from strategies.base import StepResult, Strategy
 from strategies.engine_options import check
 from strategies.megatron.capabilities import CAPABILITIES
-from strategies.megatron.settings import to_settings
+from strategies.megatron.settings import Settings, to_settings
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -26,10 +26,7 @@ class MegatronStrategy(Strategy):
 
     capabilities = CAPABILITIES
 
-    @staticmethod
-    def create_weights(model: ModelSpec, training: TrainingSpec, directory: Path) -> None:
-        """Write a seeded random start as a Hugging Face folder."""
-        hf.create_weights(model, training, directory)
+    create_weights = staticmethod(hf.create_weights)
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Build this rank's layers, fill them from `weights`, and give them buffers and optimizer."""
@@ -53,7 +50,7 @@ class MegatronStrategy(Strategy):
         network.join_groups(settings.parallel)
         self._build(settings, model, weights)
 
-    def _build(self, settings: Any, model: ModelSpec, weights: Path) -> None:
+    def _build(self, settings: Settings, model: ModelSpec, weights: Path) -> None:
         from megatron.core import parallel_state
 
         from strategies.megatron import network

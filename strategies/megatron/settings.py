@@ -57,12 +57,6 @@ def to_settings(
     )
 
 
-def padded_vocabulary(model: ModelSpec, *, tp: int) -> int:
-    """Return the rows of the token table: a multiple of what every rank wants (make_vocab_size_divisible_by)."""
-    step = VOCABULARY_MULTIPLE * tp
-    return -(-model.vocab_size // step) * step
-
-
 def _check_expressible(model: ModelSpec, plan: Plan) -> None:
     if model.mlp_bias != model.attention_output_bias:
         raise ValueError(
@@ -269,7 +263,7 @@ def _kernels(plan: Plan, extensions: Extensions) -> dict[str, Any]:
 def _gpt(plan: Plan, model: ModelSpec) -> dict[str, Any]:
     llama3 = model.rope_scaling.get("rope_type") == "llama3"
     return {
-        "vocab_size": padded_vocabulary(model, tp=plan.tp),
+        "vocab_size": model.padded_vocab_size(VOCABULARY_MULTIPLE * plan.tp),
         "max_sequence_length": model.max_position_embeddings,
         "share_embeddings_and_output_weights": model.tied_embeddings,
         "position_embedding_type": "learned_absolute" if model.learned_positions else "rope",
