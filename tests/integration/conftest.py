@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,7 @@ SCHEDULE: dict[str, Any] = {
     "max_grad_norm": 0.5,  # below the norm of nearly every step: clipping is active
     "seed": 3,
 }
+TRAINING = TrainingSpec(**SCHEDULE)
 _DENSE: dict[str, Any] = {
     "name": "tiny",
     "model_type": "llama",
@@ -90,7 +91,7 @@ class Bench:
         self, folder: Path, cases: Mapping[str, Case], resumed: Mapping[str, tuple[str, Case]]
     ) -> None:
         self._folder, self._cases, self._resumed = folder, cases, resumed
-        np.save(folder / "data.npy", learnable_tokens())
+        np.save(folder / "data.npy", learnable_tokens(TRAINING, _DENSE["vocab_size"]))
         self._weights = cache(self._make_weights)
         self._starts: dict[tuple[str, int, str], dict[str, Any] | BaseException] = {}
         self.reference = cache(self._make_reference)
@@ -163,11 +164,11 @@ class Bench:
 
     def _make_weights(self, shape: str) -> Path:
         weights = self._folder / f"weights-{shape}"
-        hf.create_weights(decode(ModelSpec, SHAPES[shape]), TrainingSpec(**SCHEDULE), weights)
+        hf.create_weights(decode(ModelSpec, SHAPES[shape]), TRAINING, weights)
         return weights
 
     def _make_reference(self, shape: str = "dense") -> dict[str, Any]:
-        return train_plainly(self._weights(shape), np.load(self._folder / "data.npy"))
+        return train_plainly(self._weights(shape), np.load(self._folder / "data.npy"), TRAINING)
 
 
 @pytest.fixture(scope="session")
@@ -179,6 +180,24 @@ def colossalai_python() -> str:
     return found
 
 
+@pytest.fixture(scope="session")
+def start_ranks() -> Callable[..., None]:
+    """`torchrun`, for a test module with a worker of its own."""
+    return torchrun
+
+
+@pytest.fixture(scope="session")
+def plainly() -> Callable[..., dict[str, Any]]:
+    """`train_plainly`, for a test module with a schedule of its own."""
+    return train_plainly
+
+
+@pytest.fixture(scope="session")
+def make_tokens() -> Callable[..., np.ndarray]:
+    """`learnable_tokens`, for the same."""
+    return learnable_tokens
+
+
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The CASES of a test module, and its RESUMED: name -> (case whose checkpoint is read, case that reads it)."""
@@ -187,42 +206,48 @@ def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Bench(tmp_path_factory.mktemp("parity"), cases, resumed)
 
 
-def learnable_tokens() -> np.ndarray:
-    """Global batches (step, sequence, position): counting modulo the vocabulary, with noise."""
-    draw, vocabulary = np.random.default_rng(1), _DENSE["vocab_size"]
-    shape = (NUM_STEPS + 1, SCHEDULE["global_batch_size"], SCHEDULE["sequence_length"] + 1)
+def learnable_tokens(training: TrainingSpec, vocabulary: int) -> np.ndarray:
+    """Global batches (step, sequence, position), one beyond the last: counting modulo the vocabulary, with noise."""
+    draw = np.random.default_rng(1)
+    shape = (training.num_steps + 1, training.global_batch_size, training.sequence_length + 1)
     start = draw.integers(0, vocabulary, (*shape[:2], 1))
     counted = (start + np.arange(shape[2])) % vocabulary
     return np.where(draw.random(shape) < 0.2, draw.integers(0, vocabulary, shape), counted)
 
 
-def torchrun(arguments: Iterable[str], *, world_size: int) -> None:
+def torchrun(
+    arguments: Iterable[str],
+    *,
+    world_size: int,
+    python: str = sys.executable,
+    timeout_s: int = 300,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Run a worker script on so many ranks; its output is shown where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"]
+    command = [python, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world_size}"]
     rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
     extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     process = subprocess.Popen(
         [*command, *rendezvous, *arguments],
-        env={**os.environ, **extra},
+        env={**os.environ, **extra, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
     try:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=timeout_s)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-30000:]
 
 
-def train_plainly(weights: Path, data: np.ndarray) -> dict[str, Any]:
+def train_plainly(weights: Path, data: np.ndarray, training: TrainingSpec) -> dict[str, Any]:
     """The reference: one process, the whole global batch, nothing but torch."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    training = TrainingSpec(**SCHEDULE)
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -241,7 +266,7 @@ def train_plainly(weights: Path, data: np.ndarray) -> dict[str, Any]:
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
 
     losses, norms = [], []
-    for step in range(NUM_STEPS):
+    for step in range(training.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
         loss = loss_of(data[step])
@@ -251,4 +276,4 @@ def train_plainly(weights: Path, data: np.ndarray) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(loss.item())
     with torch.no_grad():
-        return {"losses": losses, "norms": norms, "evaluated": float(loss_of(data[NUM_STEPS]))}
+        return {"losses": losses, "norms": norms, "evaluated": float(loss_of(data[training.num_steps]))}

@@ -6,11 +6,8 @@ Two ranks build every family in every layout that fits two ranks; transformers' 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from strategies import hf
 from strategies.model_spec import MlaSpec, ModelSpec, MoeSpec
 from strategies.spec import TrainingSpec
 
-ROOT = Path(__file__).parents[2]
 TRAINING: dict[str, Any] = {
     "sequence_length": 16,
     "global_batch_size": 2,
@@ -122,15 +118,15 @@ WHOLE = [(name, layout) for name, layout in CASES if "pp" not in layout]  # one 
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("megatron-weights"))
+def bench(tmp_path_factory: pytest.TempPathFactory, start_ranks: Callable[..., None]) -> Bench:
+    return Bench(tmp_path_factory.mktemp("megatron-weights"), start_ranks)
 
 
 class Bench:
     """Weights of all families and one start of two ranks, which run every case."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, start_ranks: Callable[..., None]) -> None:
+        self.folder, self._torchrun = folder, start_ranks
         self.results = cache(self._start)
         self.tokens = np.random.default_rng(0).integers(
             0, SHAPE["vocab_size"], (2, TRAINING["sequence_length"])
@@ -153,7 +149,8 @@ class Bench:
         job, results = self.folder / "job.json", self.folder / "results.json"
         shared = {"training": TRAINING, "tokens": str(self.folder / "tokens.npy")}
         job.write_text(json.dumps({**shared, "cases": self._cases()}), encoding="utf-8")
-        torchrun(str(Path(__file__).with_name("megatron_weights_worker.py")), str(job), str(results))
+        worker = str(Path(__file__).with_name("megatron_weights_worker.py"))
+        self._torchrun([worker, str(job), str(results)], world_size=2, timeout_s=400)
         answer: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
         return answer
 
@@ -238,26 +235,6 @@ def alter_copies(llama: Path, mixtral: Path) -> None:
         whole[ours + "experts.gate_up_proj"] = torch.cat([w1, w3], dim=1)
         whole[ours + "experts.down_proj"] = w2
     save_file(whole, fused / "model.safetensors")
-
-
-def torchrun(*arguments: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(
-        [*launcher, *rendezvous, *arguments],
-        env={**os.environ, **extra},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=400)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-6000:]
 
 
 @cache

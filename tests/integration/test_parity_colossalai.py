@@ -1,15 +1,13 @@
 """Every plan of ColossalAI that runs on processors against one plain PyTorch loop; and each of them resumed.
 
-The ranks run in ColossalAI's own environment: MESHWRIGHT_COLOSSALAI_PYTHON names its interpreter.
+The ranks run in ColossalAI's own environment.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from strategies.colossalai import CAPABILITIES
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
-ROOT = Path(__file__).parents[2]
 NUM_STEPS = 20
 SAVE_AFTER = NUM_STEPS // 2
 SHAPE: dict[str, Any] = {
@@ -52,6 +49,7 @@ SCHEDULE: dict[str, Any] = {
     "max_grad_norm": 0.5,  # below the norm of nearly every step: clipping is active
     "seed": 3,
 }
+TRAINING = TrainingSpec(**SCHEDULE)
 STAGES_OUTSIDE = ("tp", "cp", "dp", "pp")
 PLANS: dict[str, dict[str, Any]] = {
     "ddp": {"dp": 2},
@@ -109,18 +107,32 @@ def world_of(name: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("parity"))
+def bench(
+    tmp_path_factory: pytest.TempPathFactory,
+    start_ranks: Callable[..., None],
+    plainly: Callable[..., dict[str, Any]],
+    make_tokens: Callable[..., np.ndarray],
+    colossalai_python: str,
+) -> Bench:
+    start = partial(start_ranks, python=colossalai_python, timeout_s=540)
+    return Bench(tmp_path_factory.mktemp("parity"), start=start, plainly=plainly, make_tokens=make_tokens)
 
 
 class Bench:
     """Weights and data made once; ranks are started twice: to train, and to resume in new processes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start: Callable[..., None],
+        plainly: Callable[..., dict[str, Any]],
+        make_tokens: Callable[..., np.ndarray],
+    ) -> None:
+        self.folder, self._torchrun, self._plainly = folder, start, plainly
         for family in FAMILIES:
-            hf.create_weights(ModelSpec(**shape_of(family)), TrainingSpec(**SCHEDULE), folder / family)
-            np.save(folder / f"{family}.npy", learnable_tokens(shape_of(family)["vocab_size"]))
+            hf.create_weights(ModelSpec(**shape_of(family)), TRAINING, folder / family)
+            np.save(folder / f"{family}.npy", make_tokens(TRAINING, shape_of(family)["vocab_size"]))
         self.trained = cache(self._train)
         self.resumed = cache(self._resume)
         self.reference = cache(self._reference)
@@ -166,90 +178,17 @@ class Bench:
         job, results = self.folder / f"{label}.json", self.folder / f"{label}-results.json"
         job.write_text(json.dumps({**shared, **paths, "cases": cases}), encoding="utf-8")
         script = Path(__file__).with_name(worker)
-        torchrun(str(script), str(job), str(results), world=world, environment=environment)
+        self._torchrun([str(script), str(job), str(results)], world_size=world, environment=environment)
         answer: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
         return answer
 
     def _reference(self, family: str) -> dict[str, Any]:
         weights = self.folder / family
-        return train_plainly(weights, np.load(self.folder / f"{family}.npy"))
+        return self._plainly(weights, np.load(self.folder / f"{family}.npy"), TRAINING)
 
 
 def shape_of(family: str) -> dict[str, Any]:
     return SHAPE | FAMILIES[family]
-
-
-def learnable_tokens(vocabulary: int) -> np.ndarray:
-    """Global batches (step, sequence, position): counting modulo the vocabulary, with noise."""
-    draw = np.random.default_rng(1)
-    shape = (NUM_STEPS + 1, SCHEDULE["global_batch_size"], SCHEDULE["sequence_length"] + 1)
-    start = draw.integers(0, vocabulary, (*shape[:2], 1))
-    counted = (start + np.arange(shape[2])) % vocabulary
-    return np.where(draw.random(shape) < 0.2, draw.integers(0, vocabulary, shape), counted)
-
-
-def interpreter() -> str:
-    found = os.environ.get("MESHWRIGHT_COLOSSALAI_PYTHON")
-    if found is None:
-        pytest.fail(
-            "MESHWRIGHT_COLOSSALAI_PYTHON must name the interpreter of an environment with ColossalAI"
-        )
-    return found
-
-
-def torchrun(*arguments: str, world: int, environment: dict[str, str]) -> None:
-    launcher = [interpreter(), "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={world}"]
-    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(
-        [*launcher, *rendezvous, *arguments],
-        env={**os.environ, **extra, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=540)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-6000:]
-
-
-def train_plainly(weights: Path, data: np.ndarray) -> dict[str, Any]:
-    """The reference: one process, the whole global batch, nothing but torch."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    training = TrainingSpec(**SCHEDULE)
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    betas = (training.adam_beta1, training.adam_beta2)
-    optimizer = torch.optim.AdamW(groups, betas=betas, eps=training.adam_eps)
-
-    def loss_of(batch: np.ndarray) -> torch.Tensor:
-        tokens = torch.from_numpy(batch)
-        logits = model(input_ids=tokens[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
-
-    losses, norms = [], []
-    for step in range(NUM_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate_at(step)
-        loss = loss_of(data[step])
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)))
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    with torch.no_grad():
-        return {"losses": losses, "norms": norms, "evaluated": float(loss_of(data[NUM_STEPS]))}
 
 
 def assert_equal(result: dict[str, Any], reference: dict[str, Any]) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from strategies import hf
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
-ROOT = Path(__file__).parents[2]
 DP = 2
 SHAPE: dict[str, Any] = {
     "name": "tiny",
@@ -68,17 +64,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(folder: Path) -> Any:
+def measured(start_ranks: Callable[..., None], folder: Path) -> Any:
     whole = {f"whole-{precision}-{stage}": as_whole_plan(precision, stage) for precision, stage in WHOLE}
-    return start(folder, {**{"-".join(map(str, key)): as_plan(*key) for key in CASES}, **whole}, dp=DP)
+    return start(
+        start_ranks, folder, {**{"-".join(map(str, key)): as_plan(*key) for key in CASES}, **whole}, dp=DP
+    )
 
 
 @pytest.fixture(scope="module")
-def measured_alone(folder: Path) -> Any:
+def measured_alone(start_ranks: Callable[..., None], folder: Path) -> Any:
     cases = {
         f"{precision}-{stage}": as_plan("deepspeed", precision, stage, dp=1) for precision, stage in SINGLE
     }
-    return start(folder, cases, dp=1)
+    return start(start_ranks, folder, cases, dp=1)
 
 
 def as_plan(strategy: str, precision: str, stage: int, *, dp: int = DP) -> dict[str, Any]:
@@ -90,28 +88,14 @@ def as_whole_plan(precision: str, stage: int) -> dict[str, Any]:
     return {**as_plan("accelerate", precision, stage), "engine": {"sync_each_batch": False}}
 
 
-def start(folder: Path, cases: dict[str, dict[str, Any]], *, dp: int) -> dict[str, float]:
+def start(
+    start_ranks: Callable[..., None], folder: Path, cases: dict[str, dict[str, Any]], *, dp: int
+) -> dict[str, float]:
     job, results = folder / "job.json", folder / "results.json"
     shared = {"model": SHAPE, "training": TRAINING, "weights": str(folder / "weights")}
     job.write_text(json.dumps({**shared, "cases": cases}), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={dp}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
-    command += [str(Path(__file__).with_name("state_worker.py")), str(job), str(results)]
-    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **extra},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-6000:]
+    worker = str(Path(__file__).with_name("state_worker.py"))
+    start_ranks([worker, str(job), str(results)], world_size=dp)
     answer: dict[str, float] = json.loads(results.read_text(encoding="utf-8"))
     return answer
 

@@ -1,14 +1,12 @@
 """What Capabilities says a parameter costs with ColossalAI, against the tensors that it really holds.
 
-The ranks run in ColossalAI's own environment: MESHWRIGHT_COLOSSALAI_PYTHON names its interpreter.
+The ranks run in ColossalAI's own environment.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from strategies.colossalai import CAPABILITIES
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
-ROOT = Path(__file__).parents[2]
 SHAPE: dict[str, Any] = {
     "name": "tiny",
     "model_type": "llama",
@@ -58,14 +55,17 @@ CASES: dict[tuple[str, str], float] = {
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, start_ranks: Callable[..., None], colossalai_python: str
+) -> dict[str, float]:
     folder = tmp_path_factory.mktemp("state")
     hf.create_weights(ModelSpec(**SHAPE), TrainingSpec(**TRAINING), folder / "weights")
     cases = {"-".join(key): as_plan(*key) for key in CASES}
     job, results = folder / "job.json", folder / "results.json"
     shared = {"model": SHAPE, "training": TRAINING, "weights": str(folder / "weights")}
     job.write_text(json.dumps({**shared, "cases": cases}), encoding="utf-8")
-    run_ranks(str(Path(__file__).with_name("state_worker.py")), str(job), str(results))
+    worker = str(Path(__file__).with_name("state_worker.py"))
+    start_ranks([worker, str(job), str(results)], world_size=2, python=colossalai_python)
     answer: dict[str, float] = json.loads(results.read_text(encoding="utf-8"))
     return answer
 
@@ -73,31 +73,6 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 def as_plan(precision: str, name: str) -> dict[str, Any]:
     common = {"strategy": "colossalai", "precision": precision, "rank_order": CAPABILITIES.rank_order}
     return {**common, "dp": 1, "num_microbatches": 2, **PLANS[name]}
-
-
-def run_ranks(*arguments: str) -> None:
-    interpreter = os.environ.get("MESHWRIGHT_COLOSSALAI_PYTHON")
-    if interpreter is None:
-        pytest.fail(
-            "MESHWRIGHT_COLOSSALAI_PYTHON must name the interpreter of an environment with ColossalAI"
-        )
-    command = [interpreter, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", *arguments]
-    extra = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **extra},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=240)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output[-6000:]
 
 
 @pytest.mark.parametrize(("precision", "name"), CASES)

@@ -139,3 +139,11 @@ def test_impossible_mixtures_are_one_sentence(keys: dict[str, Any], sentence: st
     with pytest.raises(ValueError) as error:
         MoeSpec(**(dict[str, Any](num_experts=8, top_k=2, expert_ffn_hidden_size=32) | keys))
     assert str(error.value) == sentence
+
+
+def test_a_vocabulary_is_padded_to_a_multiple_for_each_rank() -> None:
+    """Megatron-LM, make_vocab_size_divisible_by=128: GPT-2's 50,257 become 50,304, over 8 ranks 51,200."""
+    gpt2 = replace(TINY, vocab_size=50257)
+    assert gpt2.padded_vocab_size(128) == 50304
+    assert gpt2.padded_vocab_size(128 * 8) == 51200
+    assert gpt2.padded_vocab_size(0 * 8) == 50257

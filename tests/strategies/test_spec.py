@@ -72,3 +72,12 @@ def test_layers_that_do_not_divide_go_to_the_middle_chunks() -> None:
     plan = Plan(strategy="fake", dp=1, pp=2, vp=2)
     assert plan.layers_by_chunk(9) == (2, 2, 3, 2)
     assert replace(plan, pipeline_split=(1, 3, 3, 2)).layers_by_chunk(9) == (1, 3, 3, 2)
+
+
+def test_neighbours_follow_the_rank_order() -> None:
+    plan = Plan(strategy="fake", dp=3, tp=2, pp=4, cp=1)
+    assert [plan.stride(axis) for axis in ("tp", "cp", "dp", "pp")] == [1, 2, 2, 6]
+    assert [plan.coordinate(axis, 21) for axis in ("tp", "dp", "pp")] == [1, 1, 3]
+    turned = replace(plan, rank_order=("tp", "cp", "pp", "dp"))
+    assert [turned.stride(axis) for axis in ("tp", "pp", "dp")] == [1, 2, 8]
+    assert [turned.coordinate(axis, 21) for axis in ("tp", "pp", "dp")] == [1, 2, 2]

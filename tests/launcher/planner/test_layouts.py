@@ -9,7 +9,7 @@ import pytest
 
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.errors import PlanError
-from launcher.planner.layouts import Layout, layouts_of, padded_vocabulary, worlds
+from launcher.planner.layouts import Layout, layouts_of, worlds
 from launcher.planner.problem import PlanRequest, Problem
 from strategies.base import Capabilities, StateBytes
 from strategies.model_spec import ModelSpec, MoeSpec
@@ -129,11 +129,3 @@ def test_a_pinned_degree_may_be_one_that_is_not_tried_unasked() -> None:
     assert {layout.cp for layout in layouts(cp=8)} == {8}
     assert {layout.vp for layout in layouts(pp=4, vp=5)} == {5}
     assert refused(pp=127) == "plan.pp=127 exceeds model.num_layers=126; use one of 1, 2, 4, 8, 16, 32, 64"
-
-
-def test_a_vocabulary_is_padded_to_a_multiple_for_each_rank() -> None:
-    """Megatron-LM, make_vocab_size_divisible_by=128: GPT-2's 50,257 become 50,304, over 8 ranks 51,200."""
-    gpt2 = replace(MODEL, vocab_size=50257)
-    assert padded_vocabulary(gpt2, multiple=128, tp=1) == 50304
-    assert padded_vocabulary(gpt2, multiple=128, tp=8) == 51200
-    assert padded_vocabulary(gpt2, multiple=0, tp=8) == 50257

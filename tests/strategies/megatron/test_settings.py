@@ -12,7 +12,7 @@ import yaml
 
 from launcher.decode import decode
 from strategies.megatron import CAPABILITIES, network
-from strategies.megatron.settings import Extensions, Settings, padded_vocabulary, to_settings
+from strategies.megatron.settings import Extensions, Settings, to_settings
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -116,9 +116,14 @@ def test_an_interleaved_schedule_never_batches_its_messages() -> None:
 
 def test_the_vocabulary_is_padded_for_every_rank() -> None:
     model = preset("gpt2_124m")
-    assert padded_vocabulary(model, tp=1) == 50304
-    assert padded_vocabulary(model, tp=4) == 50688
-    assert padded_vocabulary(replace(model, vocab_size=512), tp=4) == 512
+
+    def rows(model: ModelSpec, *, tp: int) -> int:
+        settings = to_settings(Plan(strategy="megatron", dp=1, tp=tp), model, TRAINING)
+        return int(settings.model["vocab_size"])
+
+    assert rows(model, tp=1) == 50304
+    assert rows(model, tp=4) == 50688
+    assert rows(replace(model, vocab_size=512), tp=4) == 512
 
 
 def test_a_window_counts_only_where_it_cuts() -> None:

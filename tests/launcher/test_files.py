@@ -1,0 +1,34 @@
+"""A file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launcher.files import write_whole
+
+
+def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    write_whole(file, "one\n")
+    write_whole(file, "two: \u00fc\n")
+    assert file.read_text(encoding="utf-8") == "two: \u00fc\n"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_failure_leaves_what_was_there_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.txt"
+    write_whole(file, "one\n")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_whole(file, "two\n")
+    assert file.read_text() == "one\n"
+    assert list(tmp_path.iterdir()) == [file]
