@@ -114,7 +114,12 @@ def is_here(strategy: str) -> bool:
 
 def absence(strategy: str) -> str:
     """Say in one sentence that `strategy` is not installed, and what installs it."""
-    return f"{strategy}: not installed here; meshwright env create {strategy}"
+    return f"{strategy}: not installed here; {installation(strategy)}"
+
+
+def installation(strategy: str) -> str:
+    """Return the command that installs `strategy`."""
+    return f"meshwright env create {strategy}"
 
 
 def absences(wanted: Iterable[str]) -> list[str]:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import strategies
+from launcher import environments
 from launcher.config import Job
 from launcher.errors import ConfigError
-from launcher.planner import Ranking, explain, sensitivity, why
+from launcher.planner import Ranking, by_engine, explain, sensitivity, why
 from launcher.report.page import page, write
 
 WHY, SENSITIVITY = "--why", "--sensitivity"
@@ -69,6 +71,12 @@ def tell(job: Job, ranking: Ranking, questions: Questions) -> tuple[dict[str, An
         )
     ranking.choose()
     data, texts = explain.to_json(ranking), [explain.table(ranking)]
+    # The largest micro-batch is a wish that says nothing about time: no engine wins.
+    engines = None if job.goal.name == "largest_micro_batch" else by_engine.contest(ranking)
+    absent = _absent()
+    if engines is not None:
+        data["engines"] = by_engine.to_json(engines, absent=absent)
+        texts.append(by_engine.to_text(engines, absent=absent))
     answers = [why.answer(ranking, pins) for pins in questions.why]
     shifts = sensitivity.sensitivity(ranking) if questions.sensitivity else ()
     if answers:
@@ -78,7 +86,8 @@ def tell(job: Job, ranking: Ranking, questions: Questions) -> tuple[dict[str, An
         data["sensitivity"] = sensitivity.to_json(ranking, shifts)
         texts.append(sensitivity.to_text(ranking, shifts))
     if job.report is not None:
-        path = write_report(job.report, page(ranking, answers=answers, shifts=shifts))
+        html = page(ranking, engines=engines, absent=absent, answers=answers, shifts=shifts)
+        path = write_report(job.report, html)
         data["report"] = str(path)
         texts.append(f"report    {path}")
     return data, "\n\n".join(texts)
@@ -89,6 +98,15 @@ def write_report(report: str, html: str) -> Path:
     path = Path(report).expanduser().absolute()
     write(path, html)
     return path
+
+
+def _absent() -> dict[str, str]:
+    """Return the command that installs each engine that is not here."""
+    return {
+        name: environments.installation(name)
+        for name in strategies.engines()
+        if not environments.is_here(name)
+    }
 
 
 def _following(words: Iterator[str]) -> str:

@@ -78,10 +78,23 @@ def answer(ranking: Ranking, pins: Mapping[str, Any]) -> Answer:
     if not asked.candidates:
         return _too_large(asked, pins)
     other = asked.choose()
+    verdict, reason = compared(ranking, best, other, pins=pins)
+    return Answer(pins=pins, verdict=verdict, reason=reason, candidate=other)
+
+
+def compared(
+    ranking: Ranking,
+    best: Candidate,
+    other: Candidate,
+    *,
+    pins: Mapping[str, Any] | None = None,
+    called: str = "the chosen plan",
+) -> tuple[str, str]:
+    """Say how a plan that fits does against the best one of a ranking, which is `called` so; one sentence."""
     if cost_of(other).step_s > cost_of(best).step_s:
-        return Answer(pins=pins, verdict=SLOWER, reason=_slower(best, other), candidate=other)
-    reason = f"{_faster(best, other)}, but {_but(ranking, best, other, pins)}"
-    return Answer(pins=pins, verdict=NOT_SLOWER, reason=reason, candidate=other)
+        return SLOWER, _slower(best, other)
+    but = _but(ranking, best, other, pins or {}) or _tie(ranking, best, other, called)
+    return NOT_SLOWER, f"{_faster(best, other, called)}, but {but}"
 
 
 def pinned(problem: Problem, pins: Mapping[str, Any]) -> Problem:
@@ -174,22 +187,25 @@ def _too_large(asked: Ranking, pins: Mapping[str, Any]) -> Answer:
 
 def _slower(best: Candidate, other: Candidate) -> str:
     chosen_s, asked_s = cost_of(best).step_s, cost_of(other).step_s
-    changes = _changes(cost_of(best).time, cost_of(other).time)
+    words = _most_changed(_changes(cost_of(best).time, cost_of(other).time), lambda s: f"{seconds_text(s)} s")
+    return f"by {seconds_text(asked_s - chosen_s)} s a step ({percent_text(asked_s / chosen_s - 1)}): {words}"
+
+
+def _most_changed(changes: Mapping[str, float], text: Callable[[float], str]) -> str:
+    """Name the parts that grow most."""
     worst = sorted(changes.items(), key=lambda item: -item[1])[:_MOST_PARTS]
-    words = [f"{name} +{seconds_text(value)} s" for name, value in worst if value > 0.1 * worst[0][1]]
-    more = f"by {seconds_text(asked_s - chosen_s)} s a step ({percent_text(asked_s / chosen_s - 1)})"
-    return f"{more}: {', '.join(words)}"
+    return ", ".join(f"{name} +{text(value)}" for name, value in worst if value > 0.1 * worst[0][1])
 
 
-def _faster(best: Candidate, other: Candidate) -> str:
+def _faster(best: Candidate, other: Candidate, called: str) -> str:
     saved = cost_of(best).step_s - cost_of(other).step_s
     if saved == 0:
-        return "as fast as the chosen plan"
+        return f"as fast as {called}"
     return f"faster by {seconds_text(saved)} s a step ({percent_text(saved / cost_of(best).step_s)})"
 
 
-def _but(ranking: Ranking, best: Candidate, other: Candidate, pins: Mapping[str, Any]) -> str:
-    """Say why a plan that is not slower is not the choice."""
+def _but(ranking: Ranking, best: Candidate, other: Candidate, pins: Mapping[str, Any]) -> str | None:
+    """Say why a plan that is not slower was not weighed at all; None where it was."""
     problem = ranking.problem
     against = [
         f"plan.{key}={text_of(getattr(problem.request, key))}"
@@ -204,30 +220,37 @@ def _but(ranking: Ranking, best: Candidate, other: Candidate, pins: Mapping[str,
     if offloads and not (best.plan.offload_optimizer or best.plan.offload_parameters):
         return "offloading is weighed only where nothing fits without it, or where it is pinned"
     fastest_s = min(map(step_s, ranking.candidates))
-    if step_s(other) < fastest_s:
-        return "the search weighs such a plan only where it is pinned"
-    tie = f"the prediction cannot tell plans within {percent_text(TIE - 1)} of the fastest apart"
-    return f"{tie}, and {_tie(ranking, best, other)}"
+    return "the search weighs such a plan only where it is pinned" if step_s(other) < fastest_s else None
 
 
-def _tie(ranking: Ranking, best: Candidate, other: Candidate) -> str:
+def _tie(ranking: Ranking, best: Candidate, other: Candidate, called: str) -> str:
     """Say which rule of order.py decided between plans that count as equally fast."""
+    return (
+        f"the prediction cannot tell plans within {percent_text(TIE - 1)} of the fastest apart, and "
+        f"{_rule(ranking, best, other, called)}"
+    )
+
+
+def _rule(ranking: Ranking, best: Candidate, other: Candidate, called: str) -> str:
     usable = usable_bytes(ranking.problem.cluster)
     limit_s = min(map(step_s, ranking.candidates)) * TIE
-    lightest = min(
-        memory_bytes(candidate) for candidate in ranking.candidates if step_s(candidate) <= limit_s
-    )
+    tied = [candidate for candidate in ranking.candidates if step_s(candidate) <= limit_s]
+    lightest = min(tied, key=memory_bytes)
     chosen, asked = memory_bytes(best), memory_bytes(other)
-    if asked > lightest + MATERIAL * usable:
-        return f"of these it needs {gib_text(asked - lightest)} GiB more per GPU than the lightest"
+    if asked > memory_bytes(lightest) + MATERIAL * usable:
+        more = _changes(cost_of(lightest).memory, cost_of(other).memory)
+        return (
+            f"of these it needs {gib_text(asked - memory_bytes(lightest))} GiB more per GPU than the lightest: "
+            f"{_most_changed(more, lambda b: f'{gib_text(b)} GiB')}"
+        )
     if asked > COMFORTABLE * usable >= chosen:
         free = f"{gib_text(usable - chosen)} GiB, not {gib_text(usable - asked)}"
-        return f"the chosen plan leaves more of the memory free: {free}"
+        return f"{called} leaves more of the memory free: {free}"
     words = [
         f"{key_of(key)}={text_of(one)} instead of {text_of(two)}"
         for key, (one, two) in differences(best.plan, other.plan).items()
     ]
-    return f"the chosen plan counts as simpler: {', '.join(words)}"
+    return f"{called} counts as simpler: {', '.join(words)}"
 
 
 # ---- tables -------------------------------------------------------------------------------------------------------

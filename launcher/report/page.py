@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from launcher import __version__
 from launcher.errors import LauncherError
 from launcher.files import write_whole
-from launcher.planner import explain, sensitivity, why
+from launcher.planner import by_engine, explain, sensitivity, why
+from launcher.planner.by_engine import Contest
 from launcher.planner.cost import GIB, parts
 from launcher.planner.estimate import usable_bytes
 from launcher.planner.explain import cost_of
@@ -46,8 +47,18 @@ def write(path: Path, html: str) -> None:
         ) from error
 
 
-def page(ranking: Ranking, *, answers: Sequence[Answer] = (), shifts: Sequence[Shift] = ()) -> str:
-    """Return the page of a ranking with its further questions; raise PlanError when nothing fits."""
+def page(
+    ranking: Ranking,
+    *,
+    engines: Contest | None = None,
+    absent: Mapping[str, str] | None = None,
+    answers: Sequence[Answer] = (),
+    shifts: Sequence[Shift] = (),
+) -> str:
+    """Return the page of a ranking with its further questions; raise PlanError when nothing fits.
+
+    `absent` has the command that installs each of the engines that is not here.
+    """
     best, problem = ranking.choose(), ranking.problem
     plan, cost = best.plan, cost_of(best)
     cluster = problem.cluster
@@ -69,6 +80,7 @@ def page(ranking: Ranking, *, answers: Sequence[Answer] = (), shifts: Sequence[S
             rank_map.rank_map(plan, cluster),
         ),
         _section("Plans that fit", _candidates(ranking)),
+        _engines(engines, absent or {}),
         _section("The whole run", *(tag("p", text(f"{w[0].upper()}{w[1:]}.")) for w in run_words(ranking))),
         _answers(ranking, answers),
         _shifts(ranking, shifts),
@@ -76,12 +88,16 @@ def page(ranking: Ranking, *, answers: Sequence[Answer] = (), shifts: Sequence[S
         _section("What the estimate leaves out", *(tag("p", text(words)) for words in _left_out(plan))),
         tag("footer", text(f"Meshwright {__version__}. Everything here is a prediction.")),
     ]
+    return _document(f"Plan: {title}", *body)
+
+
+def _document(title: str, *body: str) -> str:
     head = "".join(
         [
             '<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width,initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            tag("title", text(f"Plan: {title}")),
+            tag("title", text(title)),
             tag("style", css()),
         ]
     )
@@ -166,6 +182,16 @@ def _candidates(ranking: Ranking) -> str:
     chart = scatter.scatter(ranking.candidates, usable_bytes=usable_bytes(ranking.problem.cluster))
     told = "".join(tag("p", text(f"{words}.")) for words in explain.tie(ranking))
     return chart + table(header, rows, caption=caption, words=words) + told
+
+
+def _engines(engines: Contest | None, absent: Mapping[str, str]) -> str:
+    if engines is None:
+        return ""
+    rows = by_engine.cells(engines, absent=absent)
+    caption = f"The best plan of every engine: {engines.verdict}"
+    figures = table(by_engine.HEADER, rows, caption=caption, words=by_engine.WORDS)
+    told = (tag("p", text(f"{words}.")) for words in by_engine.sentences(engines))
+    return _section("Engines side by side", figures, *told)
 
 
 def _answers(ranking: Ranking, answers: Sequence[Answer]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import strategies
 from launcher import plan_command
 from launcher.errors import ConfigError
 from launcher.plan_command import Questions
@@ -129,3 +131,35 @@ def test_the_jobs_of_one_plan_are_checked_only_by_name() -> None:
     plan_command.check_reports([])
     with pytest.raises(ConfigError):
         plan_command.refuse("resume", ["--why"])
+
+
+def test_every_engine_stands_beside_the_choice_whichever_is_asked(call: Call, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    told = [
+        call("plan", "model=llama3_8b", "cluster=h100_sxm", f"strategy={name}").out
+        for name in ("deepspeed", "any")
+    ]
+    rows = [text.split("every engine's best plan")[1].splitlines()[2:6] for text in told]
+    assert rows[0] == rows[1]
+    assert {row.split()[0] for row in rows[0]} == set(strategies.engines())
+    data = call(*PLAN, f"report={page}", "--json").json
+    assert [entry["strategy"] for entry in data["engines"]] == [row.split()[0] for row in rows[0]]
+    chosen = next(entry for entry in data["engines"] if entry["is_chosen"])
+    assert chosen["plan"]["strategy"] == data["strategy"] == "deepspeed"
+    assert chosen["predictions"] == data["predictions"]
+    assert "Engines side by side" in page.read_text(encoding="utf-8")
+
+
+def test_a_frozen_plan_holds_no_other_engines(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("strategy=fake", "experiment=smoke", "checks.resume_is_exact=false", f"run_dir={run}")
+    outcome = call("train", *words)
+    assert outcome.code == 0, outcome.err
+    assert "engines" not in json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    assert "every engine's best plan" not in outcome.out
+
+
+def test_the_largest_micro_batch_names_no_winner(call: Call) -> None:
+    outcome = call(*PLAN, "goal=largest_micro_batch", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "engines" not in outcome.json
