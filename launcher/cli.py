@@ -7,42 +7,36 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import psutil
-
-import launcher.planner.explain as explain
 from launcher import (
     __version__,
     checks,
+    compare,
     compose,
     env_command,
     environments,
+    freeze,
     interpreter,
     plan_command,
-    planner,
     probe,
-    provenance,
     replan,
     run_dir,
     show,
     supervise,
+    torchrun,
     verify,
 )
 from launcher.config import Job
-from launcher.data.tokens import prepare
 from launcher.errors import (
     FINISHED,
     INTERRUPTED,
     CheckFailed,
     ConfigError,
     LauncherError,
-    RunDirError,
 )
 from launcher.output import Output, open_standard_streams, print_line
-from launcher.report.page import page
 from launcher.run_dir import RunDir
 from launcher.submit import local
 from strategies.names import suggest
@@ -56,6 +50,8 @@ meshwright VERB [key=value ...] [--json]
   verify [RUN_DIR]  build the engine's own model for ranks of the planned world, here and without its hardware,
                     and compare it with the prediction: --rank N for one rank, --all-stages for every stage
   train             plan, freeze a run directory, and train here
+  compare           train the same model on the same data with several engines, strategies=[a,b] or all of them,
+                    and hold their losses against each other: a table and a picture
   resume RUN_DIR    go on from the newest good checkpoint; plan.tp=1 and the like behind it go on under another
                     plan, where the engine's checkpoints allow it
   export RUN_DIR FOLDER
@@ -65,7 +61,7 @@ meshwright VERB [key=value ...] [--json]
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
-`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify and train:
+`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify, train and compare:
 --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
@@ -129,17 +125,27 @@ def _plan(arguments: list[str], output: Output) -> int:
     jobs = _compose(words, output)
     plan_command.check_reports(jobs)
     for job in jobs:
-        data, text = plan_command.tell(job, rank(job), questions)
+        data, text = plan_command.tell(job, freeze.rank(job), questions)
         output.result({**data, "notes": _notes(job)}, text)
         for note in _notes(job):
             output.say(note)
     return FINISHED
 
 
-def _compose(arguments: list[str], output: Output) -> list[Job]:
+def _check_asks(arguments: list[str], output: Output) -> None:
     if output.as_json and _only_asks(arguments):
         raise ConfigError(f"--json has no document for {' '.join(arguments)}; leave --json out")
-    return compose.jobs(arguments)
+
+
+def _compose(arguments: list[str], output: Output) -> list[Job]:
+    _check_asks(arguments, output)
+    jobs = compose.jobs(arguments)
+    several = next((job.strategies for job in jobs if job.strategies is not None), None)
+    if several is not None:
+        raise ConfigError(
+            f"strategies=[{','.join(several)}] is a key of `meshwright compare`; name one engine with strategy=NAME"
+        )
+    return jobs
 
 
 def _verify(arguments: list[str], output: Output) -> int:
@@ -163,7 +169,7 @@ def _plans_to_verify(words: list[str], output: Output) -> Iterator[verify.Subjec
         return
     plan_command.refuse("verify", words)
     for job in _compose(words, output):
-        ranking = rank(job)
+        ranking = freeze.rank(job)
         plan, problem = ranking.choose().plan, ranking.problem
         python = environments.choose(plan.strategy, named=job.submit.python).path
         yield verify.Subject(model=problem.model, plan=plan, training=problem.training, python=python)
@@ -171,8 +177,8 @@ def _plans_to_verify(words: list[str], output: Output) -> Iterator[verify.Subjec
 
 def _train(arguments: list[str], output: Output) -> int:
     plan_command.refuse("train", arguments)
-    if _under_torchrun() and os.environ["RANK"] != "0" and not _only_asks(arguments):
-        _become_worker(["--from-rank0"])
+    if torchrun.started_us() and os.environ["RANK"] != "0" and not _only_asks(arguments):
+        torchrun.become_worker(["--from-rank0"])
     for job in _compose(arguments, output):
         code = _train_one(job, output)
         if code != FINISHED:
@@ -186,81 +192,11 @@ def _only_asks(arguments: Sequence[str]) -> bool:
 
 
 def _train_one(job: Job, output: Output) -> int:
-    run = freeze(job, output)
-    if _under_torchrun():
-        _take_over(run)
-        _become_worker(["--share", str(run.path)])
+    run = freeze.freeze(job, output)
+    if torchrun.started_us():
+        torchrun.take_over(run)
+        torchrun.become_worker(["--share", str(run.path)])
     return _drive(run, output)
-
-
-def rank(job: Job) -> planner.Ranking:
-    """Plan a job: every candidate of the engines it may use."""
-    problem = planner.Problem(
-        model=job.model,
-        cluster=job.cluster,
-        training=job.training,
-        request=job.plan,
-        strategies=tuple(sorted(compose.strategies_of(job))),
-        engine=job.strategy.engine,
-        calibration=job.calibration,
-    )
-    return planner.achieve(job.goal, problem)
-
-
-def freeze(job: Job, output: Output) -> RunDir:
-    """Plan, prepare the data, and write the run directory; under a restarted torchrun find it again."""
-    ranking = rank(job)
-    chosen = ranking.choose()
-    _check_goal(job, ranking)
-    python = environments.choose(chosen.plan.strategy, named=job.submit.python, is_given=_under_torchrun())
-    if not _under_torchrun():
-        local.check_host(
-            job.cluster, chosen.plan, start="train ...` with the same words and a shared run_dir"
-        )
-    path = _run_path(job, chosen.plan.strategy)
-    job = replace(job, run_dir=str(path))
-    if _under_torchrun() and (path / "plan.json").exists():
-        return _same_run(run_dir.open_run(path), job)
-    run_dir.check_free(path)
-    output.say(explain.table(ranking))
-    if job.report is not None:
-        output.say(f"report {plan_command.write_report(job.report, page(ranking))}")
-    dataset = prepare(
-        job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
-    )
-    facts = provenance.collect(command=sys.argv, directory=Path.cwd(), interpreter=python)
-    run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
-    output.say(f"run directory {run.path}")
-    return run
-
-
-def _check_goal(job: Job, ranking: planner.Ranking) -> None:
-    """Raise where a goal was reached on another cluster or with another training section than the job's."""
-    planned = ranking.problem
-    if (planned.cluster, planned.training) != (job.cluster, job.training):
-        raise ConfigError(
-            f"goal={job.goal.name} plans other hardware or sequences than the run would have; "
-            "see what `meshwright plan` answers, set that, and train with goal=fastest"
-        )
-
-
-def _run_path(job: Job, strategy: str) -> Path:
-    if job.run_dir:
-        return Path(job.run_dir).expanduser().resolve()
-    # Restarted by torchrun the same start must find its folder: the agent's own start time names it.
-    started = psutil.Process(os.getppid()).create_time() if _under_torchrun() else None
-    return run_dir.default_path(model=job.model.name, strategy=strategy, root=Path.cwd(), started=started)
-
-
-def _same_run(run: RunDir, job: Job) -> RunDir:
-    frozen = run.job()
-    # What was detected (free memory, say) differs from start to start; the number of ranks must not.
-    if replace(job, cluster=frozen.cluster) != frozen or job.cluster.world_size != frozen.cluster.world_size:
-        raise RunDirError(
-            f"run_dir={run.path} holds a run with another configuration; "
-            "choose another folder, or start `meshwright resume` on it"
-        )
-    return run
 
 
 def _notes(job: Job) -> list[str]:
@@ -271,6 +207,14 @@ def _notes(job: Job) -> list[str]:
     return notes
 
 
+def _compare(arguments: list[str], output: Output) -> int:
+    plan_command.refuse("compare", arguments)
+    compare.refuse(arguments)
+    _check_asks(arguments, output)
+    jobs = compose.jobs(arguments)
+    return next((code for job in jobs if (code := compare.run(job, output)) != FINISHED), FINISHED)
+
+
 # ---- verbs on a run directory -------------------------------------------------------------------------------------
 
 
@@ -279,7 +223,7 @@ def _resume(arguments: list[str], output: Output) -> int:
     for word in words:
         replan.read(word)  # before anything is opened
     run = _open_argument("resume", [word for word in arguments if word not in words])
-    if words and _under_torchrun():
+    if words and torchrun.started_us():
         raise ConfigError(
             f"'{words[0]}' cannot be planned by ranks that torchrun has started already; "
             "`meshwright resume RUN_DIR plan.KEY=VALUE` replans and starts them itself"
@@ -287,11 +231,13 @@ def _resume(arguments: list[str], output: Output) -> int:
     if words and show.describe(run)["state"] == "finished":
         raise ConfigError(f"{run.path} is finished, there is nothing to plan anew; `show` tells of it")
     if words:
-        replan.replan(run, words, rank=rank, check=lambda job, plan: local.check_gpus(job.cluster, plan))
-    if _under_torchrun():
+        replan.replan(
+            run, words, rank=freeze.rank, check=lambda job, plan: local.check_gpus(job.cluster, plan)
+        )
+    if torchrun.started_us():
         if os.environ["RANK"] == "0":
-            _take_over(run)
-        _become_worker([str(run.path)])
+            torchrun.take_over(run)
+        torchrun.become_worker([str(run.path)])
     if show.describe(run)["state"] == "finished":
         return _report(run, output)
     local.check_host(run.job().cluster, run.plan(), start=f"resume {run.path}`")
@@ -357,28 +303,11 @@ def _probe(arguments: list[str], output: Output) -> int:
     return FINISHED
 
 
-# ---- torchrun -----------------------------------------------------------------------------------------------------
-
-
-def _under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _take_over(run: RunDir) -> None:
-    """Do for a start by torchrun what the supervisor does for ours; the worker we become inherits the lock."""
-    run_dir.lock(run)
-    run.stop_file.unlink(missing_ok=True)
-
-
-def _become_worker(arguments: Sequence[str]) -> NoReturn:
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "launcher.worker", *arguments])
-
-
 VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "plan": _plan,
     "verify": _verify,
     "train": _train,
+    "compare": _compare,
     "resume": _resume,
     "show": _show,
     "export": _export,

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import strategies
-from launcher import calibrate, environments
+from launcher import calibrate, environments, torchrun
 from launcher.cluster import detect
 from launcher.cluster.spec import ClusterSpec
 from launcher.config import Job
@@ -265,7 +265,7 @@ def _cluster(section: Mapping[str, Any]) -> ClusterSpec:
 
 def _match_torchrun(section: Mapping[str, Any]) -> Mapping[str, Any]:
     """Under torchrun the world is given: the local cluster takes its size, any other must agree with it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not torchrun.started_us():
         return section
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
     given = {"num_nodes": int(os.environ["WORLD_SIZE"]) // per_node, "gpus_per_node": per_node}

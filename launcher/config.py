@@ -49,6 +49,9 @@ class ChecksConfig:
 
     loss_falls: bool = False
     resume_is_exact: bool = False
+    max_deviation: float | None = (
+        None  # of `compare`: between losses of one step, relative to the first engine's
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,7 @@ class Job:
     checkpoint: CheckpointPolicy
     evaluation: EvaluationConfig
     checks: ChecksConfig
+    strategies: tuple[str, ...] | None = None  # of `compare`; null: every engine
     goal: Goal = field(default_factory=Goal)
     weights: str | None = None  # folder of Hugging Face weights to start from; null: a seeded random start
     hf_config: str | None = None  # the Hugging Face config.json the model came from
@@ -84,6 +88,10 @@ class Job:
         if self.stop_at_step is not None and self.stop_at_step < 1:
             raise ValueError(
                 f"stop_at_step={self.stop_at_step} must be at least 1; null runs to training.num_steps"
+            )
+        if self.checks.max_deviation is not None and not self.checks.max_deviation >= 0:
+            raise ValueError(
+                f"checks.max_deviation={self.checks.max_deviation} must be at least 0; null allows any deviation"
             )
         for key in ("interval", "num_sequences"):
             lowest = 0 if key == "interval" else 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from launcher import compose
+from launcher import compose, torchrun
 from launcher.cluster import detect
 from launcher.cluster.fit import to_cluster
 from launcher.cluster.spec import ClusterSpec, Measured
@@ -101,7 +101,7 @@ def read(arguments: Sequence[str]) -> tuple[ProbeRequest, ClusterSpec]:
 
 def measure(cluster: ClusterSpec, *, seconds: float) -> dict[str, Any] | None:
     """Let one worker for each rank measure; under torchrun the ranks are there, and rank 0 returns the figures."""
-    given = "TORCHELASTIC_RUN_ID" in os.environ
+    given = torchrun.started_us()
     if cluster.num_nodes > 1 and not given:
         raise ClusterError(
             f"cluster.num_nodes={cluster.num_nodes} needs a start on every node; run there `torchrun "

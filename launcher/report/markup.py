@@ -39,7 +39,42 @@ def line(*, x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
 
 def picture(*content: str, name: str, title: str, description: str, width: float, height: float) -> str:
     """Return an SVG with a title and a text alternative, in a frame that scrolls where the screen is narrow."""
-    svg = tag(
+    svg = _svg(
+        *content,
+        name=name,
+        title=title,
+        description=description,
+        width=width,
+        height=height,
+        style=f"min-width:{round(0.72 * width)}px;max-width:{round(1.25 * width)}px",
+    )
+    return tag("div", svg, class_="scroll", tabindex=0, role="group", aria_label=title)
+
+
+def drawing(
+    *content: str, name: str, title: str, description: str, width: float, height: float, css: str
+) -> str:
+    """Return an SVG that is a file of its own: with its style sheet, its ground and its fonts."""
+    ground = tag("rect", width="100%", height="100%", style="fill:var(--ground)")
+    svg = _svg(
+        tag("style", css),
+        ground,
+        *content,
+        name=name,
+        title=title,
+        description=description,
+        width=width,
+        height=height,
+        xmlns="http://www.w3.org/2000/svg",
+        font_family='system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif',
+    )
+    return f"{svg}\n"
+
+
+def _svg(
+    *content: str, name: str, title: str, description: str, width: float, height: float, **more: str
+) -> str:
+    return tag(
         "svg",
         tag("title", text(title), id=f"{name}-title"),
         tag("desc", text(description), id=f"{name}-text"),
@@ -47,9 +82,8 @@ def picture(*content: str, name: str, title: str, description: str, width: float
         viewBox=f"0 0 {_figure(width)} {_figure(height)}",
         role="img",
         aria_labelledby=f"{name}-title {name}-text",
-        style=f"min-width:{round(0.72 * width)}px;max-width:{round(1.25 * width)}px",
+        **more,
     )
-    return tag("div", svg, class_="scroll", tabindex=0, role="group", aria_label=title)
 
 
 def table(

@@ -1,4 +1,4 @@
-"""Colours and layout of the page, for light and for dark screens."""
+"""Colours and layout of the page and of pictures that stand alone, for light and for dark screens."""
 
 from __future__ import annotations
 
@@ -72,21 +72,6 @@ a{color:inherit}
 .scroll{overflow-x:auto;margin:.5rem 0}
 .scroll:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
 svg{display:block;width:100%;height:auto}
-svg text{font-size:13px;fill:var(--ink);font-variant-numeric:tabular-nums}
-svg .label-faint{fill:var(--faint)}
-svg .label-forward{fill:var(--on-forward);font-size:11px}
-svg .label-backward{fill:var(--on-backward);font-size:11px}
-svg .label-limit{fill:var(--limit)}
-svg .grid{stroke:var(--rule);stroke-width:1}
-svg .axis{stroke:var(--faint);stroke-width:1}
-svg .limit{stroke:var(--limit);stroke-width:2;stroke-dasharray:6 4}
-svg .cell{fill:var(--panel);stroke:var(--rule)}
-svg .forward{fill:var(--forward)}
-svg .backward{fill:var(--backward)}
-svg .forward-later{fill:var(--forward-later)}
-svg .backward-later{fill:var(--backward-later)}
-svg .ring{fill:none;stroke:var(--ink);stroke-width:2}
-svg .block{stroke:var(--ground);stroke-width:1}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;padding:.25rem 0}
 th,td{padding:.25rem .75rem .25rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
@@ -104,20 +89,44 @@ footer{margin-top:2.5rem;border-top:1px solid var(--rule);padding-top:.75rem;fon
 @media print{.scroll{overflow:visible}}
 """
 
+_PICTURE_RULES = """
+svg text{font-size:13px;fill:var(--ink);font-variant-numeric:tabular-nums}
+svg .label-faint{fill:var(--faint)}
+svg .label-forward{fill:var(--on-forward);font-size:11px}
+svg .label-backward{fill:var(--on-backward);font-size:11px}
+svg .label-limit{fill:var(--limit)}
+svg .grid{stroke:var(--rule);stroke-width:1}
+svg .axis{stroke:var(--faint);stroke-width:1}
+svg .limit{stroke:var(--limit);stroke-width:2;stroke-dasharray:6 4}
+svg .cell{fill:var(--panel);stroke:var(--rule)}
+svg .forward{fill:var(--forward)}
+svg .backward{fill:var(--backward)}
+svg .forward-later{fill:var(--forward-later)}
+svg .backward-later{fill:var(--backward-later)}
+svg .ring{fill:none;stroke:var(--ink);stroke-width:2}
+svg .block{stroke:var(--ground);stroke-width:1}
+"""
+
 
 def css() -> str:
-    """Return the style sheet."""
+    """Return the style sheet of the page."""
+    hues = "".join(f".swatch.hue{index}{{background:var(--c{index})}}\n" for index in range(NUM_HUES))
+    return f"{picture_css()}{_RULES}{hues}"
+
+
+def picture_css() -> str:
+    """Return the style sheet of a picture."""
     light, dark = (
         "".join(f"--{name}:{value};" for name, value in colours.items()) for colours in (LIGHT, DARK)
     )
     hues = "".join(
-        f"svg .hue{index}{{fill:var(--c{index})}}.swatch.hue{index}{{background:var(--c{index})}}\n"
+        f"svg .hue{index}{{fill:var(--c{index})}}svg .curve.hue{index}{{fill:none;stroke:var(--c{index})}}\n"
         for index in range(NUM_HUES)
     )
     schemes = (
         f":root{{color-scheme:light dark;{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     )
-    return f"{schemes}{_RULES}{hues}"
+    return f"{schemes}{_PICTURE_RULES}{hues}"
 
 
 def hue(index: int) -> str:

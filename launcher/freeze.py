@@ -1,0 +1,96 @@
+"""From a job to a run directory: plan, prepare the data, and write all of it down once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+import launcher.planner.explain as explain
+from launcher import compose, environments, plan_command, planner, provenance, run_dir, torchrun
+from launcher.config import Job
+from launcher.data.tokens import prepare
+from launcher.errors import ConfigError, RunDirError
+from launcher.output import Output
+from launcher.planner.tables import describe
+from launcher.report.page import page
+from launcher.run_dir import RunDir
+from launcher.submit import local
+
+
+def rank(job: Job) -> planner.Ranking:
+    """Plan a job: every candidate of the engines it may use."""
+    problem = planner.Problem(
+        model=job.model,
+        cluster=job.cluster,
+        training=job.training,
+        request=job.plan,
+        strategies=tuple(sorted(compose.strategies_of(job))),
+        engine=job.strategy.engine,
+        calibration=job.calibration,
+    )
+    return planner.achieve(job.goal, problem)
+
+
+def freeze(job: Job, output: Output, *, in_full: bool = True) -> RunDir:
+    """Plan, prepare the data, and write the run directory; under a restarted torchrun find it again.
+
+    `in_full` tells how the plan was found, else only what it is.
+    """
+    ranking = rank(job)
+    chosen = ranking.choose()
+    _check_goal(job, ranking)
+    python = environments.choose(
+        chosen.plan.strategy, named=job.submit.python, is_given=torchrun.started_us()
+    )
+    if not torchrun.started_us():
+        local.check_host(
+            job.cluster, chosen.plan, start="train ...` with the same words and a shared run_dir"
+        )
+    path = _run_path(job, chosen.plan.strategy)
+    job = replace(job, run_dir=str(path))
+    if torchrun.started_us() and (path / "plan.json").exists():
+        return _same_run(run_dir.open_run(path), job)
+    run_dir.check_free(path)
+    output.say(explain.table(ranking) if in_full else f"chosen    {describe(chosen.plan)}")
+    if job.report is not None:
+        output.say(f"report {plan_command.write_report(job.report, page(ranking))}")
+    dataset = prepare(
+        job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
+    )
+    facts = provenance.collect(command=sys.argv, directory=Path.cwd(), interpreter=python)
+    run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
+    output.say(f"run directory {run.path}")
+    return run
+
+
+def _check_goal(job: Job, ranking: planner.Ranking) -> None:
+    """Raise where a goal was reached on another cluster or with another training section than the job's."""
+    planned = ranking.problem
+    if (planned.cluster, planned.training) != (job.cluster, job.training):
+        raise ConfigError(
+            f"goal={job.goal.name} plans other hardware or sequences than the run would have; "
+            "see what `meshwright plan` answers, set that, and train with goal=fastest"
+        )
+
+
+def _run_path(job: Job, strategy: str) -> Path:
+    if job.run_dir:
+        return Path(job.run_dir).expanduser().resolve()
+    # Restarted by torchrun the same start must find its folder: the agent's own start time names it.
+    started = psutil.Process(os.getppid()).create_time() if torchrun.started_us() else None
+    return run_dir.default_path(model=job.model.name, strategy=strategy, root=Path.cwd(), started=started)
+
+
+def _same_run(run: RunDir, job: Job) -> RunDir:
+    frozen = run.job()
+    # What was detected (free memory, say) differs from start to start; the number of ranks must not.
+    if replace(job, cluster=frozen.cluster) != frozen or job.cluster.world_size != frozen.cluster.world_size:
+        raise RunDirError(
+            f"run_dir={run.path} holds a run with another configuration; "
+            "choose another folder, or start `meshwright resume` on it"
+        )
+    return run

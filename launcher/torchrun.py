@@ -1,0 +1,28 @@
+"""Under a bare `torchrun -m launcher ...` ranks exist before their run does: rank 0 decides, all become workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from launcher import run_dir
+from launcher.run_dir import RunDir
+
+
+def started_us() -> bool:
+    """Tell whether this process is a rank of somebody's torchrun."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def take_over(run: RunDir) -> None:
+    """Do for a start by torchrun what the supervisor does for ours; the worker we become inherits the lock."""
+    run_dir.lock(run)
+    run.stop_file.unlink(missing_ok=True)
+
+
+def become_worker(arguments: Sequence[str]) -> NoReturn:
+    """Run the worker in the place of this process."""
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", "launcher.worker", *arguments])

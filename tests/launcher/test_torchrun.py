@@ -1,0 +1,36 @@
+"""What torchrun's ranks are known by, and what they become; whole starts are in tests/integration/test_torchrun.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import run_dir, torchrun
+from launcher.errors import RunDirError
+from launcher.run_dir import RunDir
+
+
+def test_torchrun_is_known_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert not torchrun.started_us()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert torchrun.started_us()
+
+
+def test_taking_over_locks_the_run_and_forgets_a_stop(tmp_path: Path) -> None:
+    run = RunDir(path=tmp_path)
+    run.stop_file.touch()
+    torchrun.take_over(run)
+    assert not run.stop_file.exists()
+    with pytest.raises(RunDirError, match="in use"):
+        run_dir.lock(run)
+
+
+def test_the_worker_takes_our_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    became: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(os, "execv", lambda path, argv: became.append((path, argv)))
+    torchrun.become_worker(["--share", "run"])
+    assert became == [(sys.executable, [sys.executable, "-m", "launcher.worker", "--share", "run"])]
