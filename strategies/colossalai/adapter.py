@@ -15,7 +15,7 @@ from strategies.base import StepResult, Strategy
 from strategies.colossalai import checkpoints
 from strategies.colossalai.capabilities import CAPABILITIES
 from strategies.colossalai.checkpoints import Place
-from strategies.colossalai.settings import Device, PluginSettings, to_plugin_settings
+from strategies.colossalai.settings import Device, PluginSettings, plugin_of, to_plugin_settings
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -95,9 +95,9 @@ class ColossalAIStrategy(Strategy):
     def _build(
         self, settings: PluginSettings, model: ModelSpec, training: TrainingSpec, weights: Path
     ) -> None:
-        from colossalai.booster import Booster, plugin
+        from colossalai.booster import Booster
 
-        self._plugin = getattr(plugin, settings.plugin)(**settings.arguments)
+        self._plugin = _plugin_class(settings)(**settings.arguments)
         self._booster = Booster(plugin=self._plugin)
         self._place = _find_place(self._plugin, self._plan)
         self.dp_rank = self._place.dp
@@ -249,23 +249,32 @@ def _check_releases() -> None:
         )
 
 
+def _plugin_class(settings: PluginSettings) -> Any:
+    if settings.plugin == "TorchFSDPPlugin":
+        from strategies.colossalai.fsdp import GroupedFSDPPlugin
+
+        return GroupedFSDPPlugin
+    from colossalai.booster import plugin
+
+    return getattr(plugin, settings.plugin)
+
+
 def _find_place(plugin: Any, plan: Plan) -> Place:
-    """Ask the plugin's mesh; LowLevelZeroPlugin has none, and every rank of the world is data parallel."""
+    """Ask the plugin's mesh; without one, as with ZeRO 1 and 2 and FSDP, every rank of the world is data parallel."""
     import torch.distributed as dist
 
     mesh = getattr(plugin, "pg_mesh", None)
-    sharded = plan.zero_stage > 0
-    if mesh is None:
-        return Place(tp=0, pp=0, dp=dist.get_rank(), sharded=sharded)
-    if plan.zero_stage == 3:
-        return Place(tp=0, pp=0, dp=int(mesh.coordinate(0)), sharded=sharded)
-    tp, pp, dp = (int(mesh.coordinate(axis)) for axis in (plugin.tp_axis, plugin.pp_axis, plugin.dp_axis))
-    return Place(tp=tp, pp=pp, dp=dp, sharded=sharded)
+    tp, pp, dp = 0, 0, dist.get_rank()
+    if plan.zero_stage < 3 and mesh is not None:
+        tp, pp, dp = (int(mesh.coordinate(axis)) for axis in (plugin.tp_axis, plugin.pp_axis, plugin.dp_axis))
+    elif mesh is not None:
+        dp = int(mesh.coordinate(0))
+    return Place(tp=tp, pp=pp, dp=dp, sharded=plan.zero_stage > 0, whole_weights=plan.zero_stage < 3)
 
 
 def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:
     groups = hf.parameter_groups(network, training)
-    if plan.zero_stage < 3:
+    if plugin_of(plan) != "GeminiPlugin":
         return hf.create_optimizer(groups, training)
     from colossalai.nn.optimizer import HybridAdam  # the one that moves chunks wherever they lie
 

@@ -7,31 +7,38 @@ from strategies.colossalai.settings import ENGINE_KEYS, OWNED_ENGINE_KEYS, VOCAB
 from strategies.spec import Plan
 
 
-def _gemini_has_no_pipeline(plan: Plan) -> str | None:
+def _stage_3_has_no_pipeline(plan: Plan) -> str | None:
     if plan.zero_stage == 3 and plan.pp > 1:
         return (
-            f"{plan.strategy} has no pipeline with plan.zero_stage=3 (GeminiPlugin); "
+            f"{plan.strategy} has no pipeline with plan.zero_stage=3 (GeminiPlugin, TorchFSDPPlugin); "
             "use plan.pp=1, or plan.zero_stage in 0, 1"
         )
     return None
 
 
-def _gemini_clips_per_rank(plan: Plan) -> str | None:
+def _stage_3_splits_no_matrices(plan: Plan) -> str | None:
     # zero/gemini/gemini_optimizer.py, _calc_global_norm: summed over the ranks of ZeRO only, so that tensor parallel
-    # ranks clip by different norms and their copies of the same weights drift apart.
+    # ranks clip by different norms and their copies of the same weights drift apart. TorchFSDPPlugin has no other axis.
     if plan.zero_stage == 3 and plan.tp > 1:
+        why = "has no tensor parallelism" if plan.precision == "fp32" else "clips wrongly"
+        plugin = "TorchFSDPPlugin" if plan.precision == "fp32" else "GeminiPlugin"
         return (
-            f"{plan.strategy} clips wrongly with plan.zero_stage=3 (GeminiPlugin) and plan.tp={plan.tp}; "
+            f"{plan.strategy} {why} with plan.zero_stage=3 ({plugin}) and plan.tp={plan.tp}; "
             "use plan.tp=1, or plan.zero_stage in 0, 1, 2"
         )
     return None
 
 
-def _gemini_computes_in_16_bits(plan: Plan) -> str | None:
-    if plan.zero_stage == 3 and plan.precision == "fp32":
+def _fsdp_offloads_nothing(plan: Plan) -> str | None:
+    # Torch's offloading counts gradients of one micro-batch only, and Gemini, which offloads, has 16 bits.
+    if (
+        plan.zero_stage == 3
+        and plan.precision == "fp32"
+        and (plan.offload_optimizer or plan.offload_parameters)
+    ):
         return (
-            f"{plan.strategy} has no training.precision=fp32 with plan.zero_stage=3 (GeminiPlugin); "
-            "use bf16, or plan.zero_stage in 0, 1, 2"
+            f"{plan.strategy} offloads nothing in training.precision=fp32 with plan.zero_stage=3 (TorchFSDPPlugin); "
+            "use bf16, or plan.zero_stage in 1, 2 with plan.offload_optimizer=true"
         )
     return None
 
@@ -86,6 +93,8 @@ _MIXED = StateBytes(weights=2, gradients=2, optimizer=12, step=4)
 # Adam reads 16-bit gradients; chunks are gathered whole.
 _GEMINI = StateBytes(weights=2, gradients=2, optimizer=12, gathered=2)
 _FULL = StateBytes(weights=4, gradients=4, optimizer=8)
+# Layers are gathered one at a time.
+_FSDP = StateBytes(weights=4, gradients=4, optimizer=8, gathered=4)
 # LowLevelZero keeps a flat master copy even in fp32.
 _FULL_SHARDED = StateBytes(weights=4, gradients=4, optimizer=12)
 
@@ -96,7 +105,12 @@ CAPABILITIES = Capabilities(
     precisions=frozenset({"fp32", "bf16"}),
     recompute=frozenset({"none", "full"}),
     state_bytes={"fp32": _FULL, "bf16": _MIXED},
-    stage_state_bytes={("fp32", 1): _FULL_SHARDED, ("fp32", 2): _FULL_SHARDED, ("bf16", 3): _GEMINI},
+    stage_state_bytes={
+        ("fp32", 1): _FULL_SHARDED,
+        ("fp32", 2): _FULL_SHARDED,
+        ("fp32", 3): _FSDP,
+        ("bf16", 3): _GEMINI,
+    },
     degrees=frozenset({"tp", "pp", "vp"}),
     # sequence_parallelism_mode="split_gather"; "ring" returns wrong gradients (shardformer/layer/_operation.py,
     # _ring_as_gather) and is never used. Nor is the zero-bubble schedule, which loses gradients where Apex is
@@ -113,9 +127,9 @@ CAPABILITIES = Capabilities(
     vocabulary_multiple=VOCABULARY_MULTIPLE,
     buffer_elements=12 * 2**20,  # zero_bucket_size_in_m
     rules=(
-        _gemini_has_no_pipeline,
-        _gemini_clips_per_rank,
-        _gemini_computes_in_16_bits,
+        _stage_3_has_no_pipeline,
+        _stage_3_splits_no_matrices,
+        _fsdp_offloads_nothing,
         _gemini_offloads_optimizer_first,
         _pipeline_shards_no_gradients,
         _zero_beside_other_axes_computes_in_16_bits,

@@ -20,10 +20,11 @@ class Place:
     pp: int
     dp: int
     sharded: bool  # ZeRO: every data parallel rank has an optimizer state of its own
+    whole_weights: bool = True  # not ZeRO 3, where the optimizer's tensors are this rank's weights
 
     @property
     def model_file(self) -> str:
-        """Weights: of Gemini a part each, otherwise one for all data parallel ranks."""
+        """Weights, the same for all data parallel ranks."""
         return f"weights_tp{self.tp:04d}_pp{self.pp:04d}.pt"
 
     @property
@@ -36,7 +37,7 @@ def save(directory: Path, model: Any, optimizer: Any, place: Place) -> None:
     """Write what no other rank writes."""
     import torch
 
-    if place.dp == 0 and not _chunks(optimizer):
+    if place.dp == 0 and place.whole_weights:
         torch.save(_weights(model), directory / place.model_file)
     if place.dp == 0 or place.sharded:
         state = {"optimizer": optimizer.optim.state_dict(), "master": _master(optimizer)}
@@ -45,7 +46,7 @@ def save(directory: Path, model: Any, optimizer: Any, place: Place) -> None:
 
 def load(directory: Path, model: Any, optimizer: Any, place: Place) -> None:
     """Copy it back into the tensors that `setup` made."""
-    if not _chunks(optimizer):
+    if place.whole_weights:
         _copy(_weights(model), _read(directory / place.model_file))
     state = _read(directory / place.optimizer_file)
     optimizer.optim.load_state_dict(state["optimizer"])
@@ -94,7 +95,11 @@ def _master(optimizer: Any) -> dict[str, torch.Tensor]:
 def export(booster: Any, model: Any, directory: Path) -> None:
     """Write the weights as a Hugging Face folder; rows that pad the vocabulary stay behind."""
     from colossalai.tensor.padded_tensor import api
+    from torch.distributed.fsdp import FullyShardedDataParallel
 
+    if isinstance(model.unwrap(), FullyShardedDataParallel):
+        _export_shards(model.unwrap(), directory)
+        return
     whole = api._hijack_back_detach_and_clone
 
     def give_methods_back(tensor: Any) -> Any:
@@ -103,3 +108,21 @@ def export(booster: Any, model: Any, directory: Path) -> None:
 
     with mock.patch.object(api, "_hijack_back_detach_and_clone", give_methods_back):
         booster.save_model(model, str(directory), shard=True, use_safetensors=True)
+
+
+def _export_shards(network: Any, directory: Path) -> None:
+    """Gather what FSDP cut. Upstream's own export leaves the configuration out (torch_fsdp_plugin.py:225) and dies on
+    processors.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp._common_utils import FSDP_PREFIX
+
+    gathered = network.summon_full_params(
+        network, writeback=False, rank0_only=True, offload_to_cpu=torch.cuda.is_available()
+    )
+    with gathered:
+        if dist.get_rank() == 0:
+            named = network.module.named_parameters()
+            state = {name.replace(FSDP_PREFIX, ""): value.detach().cpu().clone() for name, value in named}
+            network.module.save_pretrained(directory, state_dict=state)

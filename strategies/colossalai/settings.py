@@ -11,7 +11,7 @@ from strategies.engine_options import merge
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
-PluginName = Literal["HybridParallelPlugin", "LowLevelZeroPlugin", "GeminiPlugin"]
+PluginName = Literal["HybridParallelPlugin", "LowLevelZeroPlugin", "GeminiPlugin", "TorchFSDPPlugin"]
 Device = Literal["cuda", "cpu"]
 
 # What of each plugin's arguments `strategy.engine` may set: the group, then the argument.
@@ -87,7 +87,8 @@ class PluginSettings:
 def plugin_of(plan: Plan) -> PluginName:
     """Name the plugin that runs `plan`."""
     if plan.zero_stage == 3:
-        return "GeminiPlugin"
+        # GeminiPlugin.__init__ takes 16 bits only.
+        return "TorchFSDPPlugin" if plan.precision == "fp32" else "GeminiPlugin"
     # HybridParallelPlugin.configure refuses ZeRO in fp32, and without tp and pp it adds nothing.
     if plan.zero_stage > 0 and plan.tp == plan.pp == 1:
         return "LowLevelZeroPlugin"
@@ -104,9 +105,12 @@ def to_plugin_settings(
         "GeminiPlugin": ("gemini", _gemini),
     }
     plugin = plugin_of(plan)
-    group, arguments_of = translate[plugin]
     # Without a limit there would be no norm to report either: nothing exceeds infinity.
-    shared = {"precision": plan.precision, "max_norm": training.max_grad_norm or math.inf}
+    max_norm = training.max_grad_norm or math.inf
+    if plugin == "TorchFSDPPlugin":
+        return PluginSettings(plugin=plugin, arguments={"max_norm": max_norm})
+    group, arguments_of = translate[plugin]
+    shared = {"precision": plan.precision, "max_norm": max_norm}
     arguments = shared | arguments_of(plan, model, training, device)
     return PluginSettings(plugin=plugin, arguments=merge(arguments, plan.engine.get(group, {})))
 

@@ -21,6 +21,7 @@ PLANS = {
     "colossalai-tp2": ("strategy=colossalai", "plan.tp=2", "model.vocab_size=300"),
     "colossalai-pp2": ("strategy=colossalai", "plan.pp=2"),
     "colossalai-zero1": ("strategy=colossalai", "plan.zero_stage=1"),
+    "colossalai-fsdp": ("strategy=colossalai", "plan.zero_stage=3"),
 }
 
 

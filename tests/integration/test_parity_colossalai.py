@@ -56,6 +56,9 @@ PLANS: dict[str, dict[str, Any]] = {
     "ddp-recompute": {"dp": 2, "recompute": "full"},
     "zero1": {"dp": 2, "zero_stage": 1},
     "zero2": {"dp": 2, "zero_stage": 2},
+    "fsdp": {"dp": 2, "zero_stage": 3},
+    "fsdp-recompute": {"dp": 2, "zero_stage": 3, "recompute": "full"},
+    "fsdp-whole-step": {"dp": 2, "zero_stage": 3, "num_microbatches": 1},
     "zero1-offload": {"dp": 2, "zero_stage": 1, "offload_optimizer": True},
     "tp2": {"tp": 2},
     "tp2-recompute": {"tp": 2, "recompute": "full"},
@@ -87,7 +90,7 @@ BF16_PLANS: dict[str, dict[str, Any]] = {
 FAMILY_PLANS = [
     (family, name)
     for family in FAMILIES
-    for name in ("ddp", "tp2", "tp2-sequence", "pp2", "pp2-interleaved")
+    for name in ("ddp", "fsdp", "tp2", "tp2-sequence", "pp2", "pp2-interleaved")
     if family != "llama"
 ]
 GEMINI = [name for name, plan in BF16_PLANS.items() if plan.get("zero_stage") == 3]

@@ -35,6 +35,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "zero1": {"dp": 2, "zero_stage": 1},
     "zero2": {"dp": 2, "zero_stage": 2},
     "gemini": {"dp": 2, "zero_stage": 3},
+    "fsdp": {"dp": 2, "zero_stage": 3},
     "tp2": {"tp": 2},
     "pp2": {"pp": 2},
 }
@@ -47,6 +48,7 @@ CASES: dict[tuple[str, str], float] = {
     ("fp32", "zero2"): 0,
     ("bf16", "zero2"): 0,
     ("bf16", "gemini"): 2 / 2,
+    ("fp32", "fsdp"): 0,
     ("fp32", "tp2"): RANDOM_STATES,
     ("bf16", "tp2"): RANDOM_STATES,
     ("fp32", "pp2"): 0,

@@ -19,6 +19,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"zero_stage": 1, "precision": "fp32"},
     {"tp": 2, "zero_stage": 2},
     {"zero_stage": 3},
+    {"zero_stage": 3, "precision": "fp32"},
     {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
     {"pp": 2, "pipeline_split": (3, 5)},
 ]
@@ -29,12 +30,18 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pp": 2, "zero_stage": 3},
-        "colossalai has no pipeline with plan.zero_stage=3 (GeminiPlugin); use plan.pp=1, or plan.zero_stage in 0, 1",
+        "colossalai has no pipeline with plan.zero_stage=3 (GeminiPlugin, TorchFSDPPlugin); "
+        "use plan.pp=1, or plan.zero_stage in 0, 1",
     ),
     (
-        {"zero_stage": 3, "precision": "fp32"},
-        "colossalai has no training.precision=fp32 with plan.zero_stage=3 (GeminiPlugin); "
-        "use bf16, or plan.zero_stage in 0, 1, 2",
+        {"zero_stage": 3, "precision": "fp32", "offload_optimizer": True},
+        "colossalai offloads nothing in training.precision=fp32 with plan.zero_stage=3 (TorchFSDPPlugin); "
+        "use bf16, or plan.zero_stage in 1, 2 with plan.offload_optimizer=true",
+    ),
+    (
+        {"tp": 2, "zero_stage": 3, "precision": "fp32"},
+        "colossalai has no tensor parallelism with plan.zero_stage=3 (TorchFSDPPlugin) and plan.tp=2; "
+        "use plan.tp=1, or plan.zero_stage in 0, 1, 2",
     ),
     (
         {"tp": 2, "zero_stage": 3},

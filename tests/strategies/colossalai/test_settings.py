@@ -33,6 +33,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "zero2_bf16_offload": {"zero_stage": 2, "offload_optimizer": True},
     "gemini_bf16": {"zero_stage": 3},
     "gemini_bf16_offload": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    "fsdp_fp32": {"zero_stage": 3, "precision": "fp32"},
     "tp4_sequence_zero1": {"tp": 4, "sequence_parallel": True, "zero_stage": 1},
     "pp4_uneven": {"pp": 4, "pipeline_split": (7, 8, 9, 8)},
     "tp2_pp2_interleaved_cpu": {"tp": 2, "pp": 2, "vp": 2, "rank_order": ("tp", "cp", "dp", "pp")},
@@ -111,6 +112,7 @@ def test_every_tensor_parallel_rank_gets_real_words(vocabulary: int, tp: int, mu
         ("zero1_bf16", "LowLevelZeroPlugin"),
         ("tp4_sequence_zero1", "HybridParallelPlugin"),
         ("gemini_bf16", "GeminiPlugin"),
+        ("fsdp_fp32", "TorchFSDPPlugin"),
     ],
 )
 def test_plugin(name: str, plugin: str) -> None:
