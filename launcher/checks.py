@@ -11,7 +11,7 @@ from launcher.checkpoint import CheckpointStore
 from launcher.errors import CheckFailed
 from launcher.monitor.metrics import read
 from launcher.run_dir import RunDir
-from launcher.supervise import run_workers
+from launcher.supervise.supervisor import run_workers
 
 
 def check(run: RunDir, *, quiet_stdout: bool, say: Callable[[str], None]) -> None:

@@ -24,7 +24,6 @@ from launcher import (
     replan,
     run_dir,
     show,
-    supervise,
     torchrun,
     verify,
 )
@@ -39,6 +38,7 @@ from launcher.errors import (
 from launcher.output import Output, open_standard_streams, print_line
 from launcher.run_dir import RunDir
 from launcher.submit import local
+from launcher.supervise.supervisor import run_workers
 from strategies.names import suggest
 
 USAGE = """\
@@ -65,8 +65,8 @@ Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key
 --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
-6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 129 hang-up,
-130 Ctrl-C, 143 terminated."""
+6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 12 a lost rank, 13 a hang,
+14 a bad loss, 129 hang-up, 130 Ctrl-C, 143 terminated."""
 
 
 def main() -> NoReturn:
@@ -256,7 +256,7 @@ def _export(arguments: list[str], output: Output) -> int:
     local.check_host(
         run.job().cluster, run.plan(), start=f"resume {run.path}`; for an export, plan one node first"
     )
-    code = supervise.run_workers(run, quiet_stdout=output.as_json, export=folder)
+    code = run_workers(run, quiet_stdout=output.as_json, export=folder)
     if code == FINISHED:
         output.result({"weights": str(folder)}, f"weights {folder}")
     return code
@@ -278,7 +278,7 @@ def _open_argument(verb: str, arguments: Sequence[str]) -> RunDir:
 
 
 def _drive(run: RunDir, output: Output) -> int:
-    code = supervise.run_workers(run, quiet_stdout=output.as_json)
+    code = run_workers(run, quiet_stdout=output.as_json)
     if code == FINISHED and show.describe(run)["state"] == "finished":
         checks.check(run, quiet_stdout=output.as_json, say=output.say)
     _report(run, output)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import strategies
-from launcher import checks, environments, freeze, run_dir, supervise, torchrun
+from launcher import checks, environments, freeze, run_dir, torchrun
 from launcher.comparison import HEADER, WORDS, Comparison, Curve, rows, to_json, to_markdown
 from launcher.config import Job, StrategyConfig
 from launcher.errors import FINISHED, CheckFailed, ConfigError, EngineError, RunDirError
@@ -19,6 +19,7 @@ from launcher.output import Output, print_line
 from launcher.planner.tables import describe, grid
 from launcher.report.curves import curves
 from launcher.run_dir import RunDir
+from launcher.supervise.supervisor import run_workers
 from strategies.names import suggest
 
 PICTURE, PAGE = "losses.svg", "comparison.md"
@@ -42,7 +43,7 @@ def run(job: Job, output: Output) -> int:
     for begun in runs:
         if begun is not runs[0]:
             _begin_like(runs[0], begun)
-        code = supervise.run_workers(begun, quiet_stdout=output.as_json)
+        code = run_workers(begun, quiet_stdout=output.as_json)
         if code != FINISHED:
             return code
         checks.check(begun, quiet_stdout=output.as_json, say=output.say)

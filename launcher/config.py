@@ -55,6 +55,35 @@ class ChecksConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SuperviseConfig:
+    """What becomes of a run whose workers fail: how often they start again, when they hang, what may be changed."""
+
+    max_restarts: int = 100  # of one launcher; 0: a failure ends the run
+    max_fruitless: int = 3  # starts in a row without a new step or checkpoint, then the run ends
+    backoff_s: float = (
+        5.0  # before the start after a fruitless one, doubled with each more; after progress: none
+    )
+    backoff_max_s: float = 300.0
+    init_timeout_s: float = (
+        1800.0  # without a sign of life: start-up, the first step, evaluations, checkpoints
+    )
+    step_timeout_s: float = 600.0  # the same in the loop
+
+    def __post_init__(self) -> None:
+        for key, lowest in (
+            ("max_restarts", 0),
+            ("max_fruitless", 1),
+            ("backoff_s", 0),
+            ("backoff_max_s", 0),
+        ):
+            if getattr(self, key) < lowest:
+                raise ValueError(f"supervise.{key}={getattr(self, key)} must be at least {lowest}")
+        for key in ("init_timeout_s", "step_timeout_s"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"supervise.{key}={getattr(self, key)} must be above 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything one run needs, decoded."""
 
@@ -70,6 +99,7 @@ class Job:
     evaluation: EvaluationConfig
     checks: ChecksConfig
     strategies: tuple[str, ...] | None = None  # of `compare`; null: every engine
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     goal: Goal = field(default_factory=Goal)
     weights: str | None = None  # folder of Hugging Face weights to start from; null: a seeded random start
     hf_config: str | None = None  # the Hugging Face config.json the model came from

@@ -9,9 +9,14 @@ LauncherError                 1   anything of ours without a narrower class
 ├── EngineError               7   an engine or an optional package is missing or refuses what was asked
 ├── ClusterError              8   the machine is not what the plan needs: ranks, devices, ports
 ├── TrainingError             9   a worker failed while training: the cause is in the message
+│   ├── LostRankError        12   a rank or its host went away: a signal, a broken connection
+│   ├── HungError            13   ranks stood still, or a collective timed out
+│   └── BadLossError         14   the loss is no number, or leapt beyond supervise.spike_factor
 ├── DeviceMemoryError        10   a rank ran out of device or host memory
 └── CheckFailed              11   a post-run check did not hold (loss fell, resume was exact)
 
+9, 10, 12 and 13 are worth another start where the restarts of `supervise.*` are used up: the last good checkpoint is
+kept. 14 is as well after a look at the data or the learning rate; the others repeat until somebody acts.
 0 finished, or stopped on request with a checkpoint; 129 hang-up, 130 interrupted (Ctrl-C), 143 terminated: with a
 checkpoint as well, unless asked twice.
 """
@@ -75,6 +80,24 @@ class TrainingError(LauncherError):
     exit_code = 9
 
 
+class LostRankError(TrainingError):
+    """A rank or its host went away: a signal, a broken connection."""
+
+    exit_code = 12
+
+
+class HungError(TrainingError):
+    """Ranks stood still, or a collective timed out."""
+
+    exit_code = 13
+
+
+class BadLossError(TrainingError):
+    """The loss is no number, or leapt."""
+
+    exit_code = 14
+
+
 class DeviceMemoryError(LauncherError):
     """A rank ran out of device or host memory."""
 
@@ -104,6 +127,9 @@ BY_EXIT_CODE: dict[int, type[LauncherError]] = {
         EngineError,
         ClusterError,
         TrainingError,
+        LostRankError,
+        HungError,
+        BadLossError,
         DeviceMemoryError,
         CheckFailed,
     )

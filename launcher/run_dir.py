@@ -92,6 +92,11 @@ class RunDir:
         return self.path / "errors"
 
     @property
+    def heartbeats(self) -> Path:
+        """Where each rank of the last start stands."""
+        return self.path / "heartbeats"
+
+    @property
     def lock_file(self) -> Path:
         """Locked while a launcher or its workers use the run."""
         return self.path / "lock"

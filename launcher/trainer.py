@@ -16,7 +16,8 @@ from launcher.checkpoint import CheckpointStore
 from launcher.config import Job
 from launcher.data.loader import BatchLoader
 from launcher.data.tokens import Split, TokenDataset
-from launcher.errors import CheckpointError, TrainingError
+from launcher.errors import BadLossError, CheckpointError
+from launcher.heartbeat import Phase
 from launcher.monitor.metrics import StepMetrics, flops_utilisation
 from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.writers import Writer
@@ -39,6 +40,7 @@ class Process:
     random_state: Callable[[], dict[str, Any]]
     restore_random_state: Callable[[dict[str, Any]], None]
     is_abandoned: Callable[[], bool]  # True: nobody waits for this run any more
+    beat: Callable[[Phase, int], None]  # a sign of life, where this rank may get stuck next
 
 
 @dataclass(kw_only=True)
@@ -153,6 +155,7 @@ class Trainer:
                 self._compare_with_plan()
                 stopping = self._stop_requested(first_step)
                 if self._checkpoint_due(stopping=stopping):
+                    self.process.beat("saving", self.step)
                     self.save()
         state = "finished" if self.step >= num_steps else "stopped"
         self._conclude(state)
@@ -161,11 +164,14 @@ class Trainer:
     def _one_step(self, loader: BatchLoader) -> StepMetrics:
         started = time.perf_counter()
         learning_rate = self.job.training.learning_rate_at(self.step)
-        result = self.strategy.train_step(loader.next(), learning_rate=learning_rate)
+        batches = loader.next()
+        # Behind the reading: a rank that waits for its data is one beat behind those that wait for it.
+        self.process.beat("stepping" if self._step_times else "warming", self.step)
+        result = self.strategy.train_step(batches, learning_rate=learning_rate)
         seconds = time.perf_counter() - started
         self.step += 1
         if not (math.isfinite(result.loss) or result.skipped):
-            raise TrainingError(
+            raise BadLossError(
                 f"the loss of step {self.step} is {result.loss}; the last checkpoint is kept, "
                 f"lower training.learning_rate={self.job.training.learning_rate} or look at the data"
             )
@@ -244,6 +250,7 @@ class Trainer:
 
     def _evaluate(self) -> float:
         """Read at least `num_sequences` of the validation split, one micro-batch a rank at a time."""
+        self.process.beat("evaluating", self.step)
         per_round = self.plan.micro_batch_size * self.plan.dp
         rounds = -(-self.job.evaluation.num_sequences // per_round)
         with self._loader("validation", start_sample=0, num_microbatches=1) as loader:

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import traceback
@@ -31,6 +33,7 @@ from launcher.errors import (
     RunDirError,
     TrainingError,
 )
+from launcher.heartbeat import Heart
 from launcher.monitor import log
 from launcher.monitor.metrics import MetricsFile, truncate_after
 from launcher.monitor.progress import Reporter
@@ -38,7 +41,7 @@ from launcher.monitor.writers import Writer, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
-from launcher.supervise import EXPORT, LAUNCHER_PID
+from launcher.submit.local import EXPORT, LAUNCHER_PID
 from launcher.trainer import Process, Trainer
 from strategies import environment
 from strategies.spec import Plan
@@ -61,7 +64,8 @@ def main(arguments: list[str]) -> int:
     run = RunDir(path=Path(where))
     try:
         run = open_run(Path(where))
-        _work(run, store=store, export=export)
+        heart = _show_life(run, rank=rank)
+        _work(run, heart, store=store, export=export)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -69,7 +73,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _work(run: RunDir, *, store: Store | None, export: Path | None) -> None:
+def _show_life(run: RunDir, *, rank: int) -> Heart:
+    """Begin to beat, and tell on SIGUSR1 what all threads are doing, also while they are deep in an engine."""
+    with suppress(OSError):
+        run.logs.mkdir(exist_ok=True)
+        stacks = (run.logs / f"stacks_rank_{rank:05d}.txt").open("a", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    return Heart(run.heartbeats, rank=rank)
+
+
+def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None) -> None:
     job, plan, dataset = run.job(), run.plan(), run.dataset()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size != plan.world_size:
@@ -105,6 +118,7 @@ def _work(run: RunDir, *, store: Store | None, export: Path | None) -> None:
             random_state=torch_side.random_state,
             restore_random_state=torch_side.restore_random_state,
             is_abandoned=_launcher_is_gone,
+            beat=heart.beat,
         ),
         versions=versions(),
     )
@@ -114,6 +128,7 @@ def _work(run: RunDir, *, store: Store | None, export: Path | None) -> None:
         _export(trainer, export)
     else:
         _train(trainer, run, job, ranks)
+    heart.beat("leaving", trainer.step)
     trainer.strategy.teardown()
     # Only on the good way out: beside a failed rank this would wait for peers that never come.
     torch_side.disconnect()

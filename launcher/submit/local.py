@@ -14,6 +14,9 @@ from launcher.interpreter import surroundings
 from strategies import ENGINE_PACKAGES
 from strategies.spec import Plan
 
+EXPORT = "--export"  # before the folder, behind RUN_DIR: the workers write the weights and leave
+LAUNCHER_PID = "MESHWRIGHT_LAUNCHER_PID"  # told to the workers, who stop when it is gone
+
 
 def argv(
     *,
@@ -52,6 +55,16 @@ def environment(
     if sys.platform == "linux":
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
     return {**defaults, **surroundings(inherited, python)}
+
+
+def flight_recorder(logs: Path) -> dict[str, str]:
+    """Let NCCL's watchdog write the last collectives of each rank, when one times out and when its pipe says so."""
+    return {
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives remembered; older versions of PyTorch: none
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(logs / "nccl_trace_rank_"),
+        "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": str(logs / "nccl_pipe_rank_"),
+    }
 
 
 def check_port(port: int | None) -> None:

@@ -1,0 +1,185 @@
+"""What a start died of: the first cause out of the ranks' error files, torchrun's summary, signals and beats."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import (
+    BY_EXIT_CODE,
+    BadLossError,
+    CheckpointError,
+    DeviceMemoryError,
+    HungError,
+    LauncherError,
+    LostRankError,
+    PlanError,
+    RunDirError,
+    TrainingError,
+)
+from launcher.run_dir import RunDir
+from launcher.supervise.policy import Cause
+from launcher.supervise.start import Ending, Hang
+
+_FULL_DISK_BYTES = 2**20
+# How gloo and NCCL say that another rank is gone, and that it did not come.
+_LOST_PEER = re.compile(
+    r"Connection (reset|closed) by peer|connectFullMesh|Broken pipe|remote process exited|NCCL remote error"
+)
+_TIMED_OUT = re.compile(r"Timed out waiting|collective operation timeout|Watchdog caught", re.IGNORECASE)
+_FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+# torchrun's summary of a failed rank, the only place that knows a death by signal.
+_TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
+# Exceptions of a program that is wrong: the next start would raise them again.
+_MISTAKES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, SyntaxError),
+    *(TypeError, ValueError, NotImplementedError),
+)
+_CAUSES: dict[type[LauncherError], Cause] = {
+    PlanError: "plan_impossible",
+    CheckpointError: "corrupt_checkpoint",
+    DeviceMemoryError: "out_of_memory",
+    LostRankError: "lost_rank",
+    HungError: "hang",
+    BadLossError: "bad_loss",
+    TrainingError: "unknown",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a start ended, for the policy (`cause`) and for a person (`error`)."""
+
+    cause: Cause
+    error: LauncherError
+    rank: int | None = None
+    host: str | None = None
+    frame: str | None = None  # file:line, the innermost one that is in no installed package
+
+
+def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Failure:
+    """Find the first cause: a hang that we ended, a rank's error file, a signal, else the bare exit code.
+
+    `out_of_memory_kills` are those that the kernel reports for the time of this start.
+    """
+    if ending.hang is not None:
+        return _from_hang(run, ending.hang)
+    records = sorted(_records(run), key=_cause_first)
+    log = run.logs / "stderr.log"
+    if records and not _lost_a_peer(records[0]):
+        return _from_record(records[0])
+    killed = _killed(ending, log)
+    if killed is not None:
+        return _from_signal(*killed, log=log, out_of_memory=out_of_memory_kills > 0)
+    if records:
+        return _from_record(records[0])
+    if shutil.disk_usage(run.path).free < _FULL_DISK_BYTES:
+        error = RunDirError(
+            f"run_dir={run.path}: no space is left on its disk; free some, then `meshwright resume`"
+        )
+        return Failure(cause="storage_full", error=error)
+    text = f"the workers ended with exit code {ending.code} and left no error file; see {log}"
+    return Failure(cause="unknown", error=TrainingError(text))
+
+
+def _records(run: RunDir) -> Iterator[dict[str, Any]]:
+    for path in sorted(run.errors.glob("rank_*.json")):
+        with suppress(ValueError):  # a full disk leaves an empty one
+            yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def _killed(ending: Ending, log: Path) -> tuple[int | None, int] | None:
+    """Return rank and signal of who was killed first; the rank is None where it was torchrun itself."""
+    if ending.code < 0:
+        return (0 if ending.world_size == 1 else None), -ending.code
+    return _killed_rank(log, stderr_from=ending.stderr_from)
+
+
+def _killed_rank(log: Path, *, stderr_from: int) -> tuple[int, int] | None:
+    """Rank and signal in torchrun's summary: its root cause if that died by one, else another rank.
+
+    torchrun ends the ranks that are left with SIGTERM, so that signal is the last one to believe.
+    """
+    with log.open("rb") as file:
+        file.seek(stderr_from)
+        text = file.read().decode("utf-8", errors="replace")
+    others, _, root_cause = text.rpartition("Root Cause")
+    failures = [*_TORCHRUN_FAILURE.finditer(root_cause), *_TORCHRUN_FAILURE.finditer(others)]
+    killed = [(int(found["rank"]), -int(found["code"])) for found in failures if int(found["code"]) < 0]
+    return min(killed, key=lambda death: death[1] == signal.SIGTERM, default=None)
+
+
+def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:
+    return _lost_a_peer(record), record["time"]
+
+
+def _lost_a_peer(record: dict[str, Any]) -> bool:
+    """Tell whether a rank merely reports that another one is gone, whose own reason comes first."""
+    text = record["message"]
+    return record["type"].startswith("Dist") or bool(_LOST_PEER.search(text) or _TIMED_OUT.search(text))
+
+
+def _from_record(record: dict[str, Any]) -> Failure:
+    kind = BY_EXIT_CODE.get(record["exit_code"], LauncherError)
+    if kind is LauncherError:
+        kind, text = _kind_of_foreign(record), _sentence(record)
+    else:
+        text = record["message"]
+    cause: Cause = "storage_full" if _FULL_DISK.search(record["message"]) else _CAUSES.get(kind, "user_error")
+    if kind is HungError:
+        cause = "collective_timeout"
+    if kind is TrainingError and _is_mistake(record["type"]):
+        cause = "user_error"
+    return Failure(
+        cause=cause, error=kind(text), rank=record["rank"], host=record["host"], frame=record["frame"]
+    )
+
+
+def _kind_of_foreign(record: dict[str, Any]) -> type[LauncherError]:
+    if _TIMED_OUT.search(record["message"]):
+        return HungError
+    return LostRankError if _lost_a_peer(record) else TrainingError
+
+
+def _is_mistake(name: str) -> bool:
+    kind = getattr(builtins, name, None)
+    return isinstance(kind, type) and issubclass(kind, _MISTAKES)
+
+
+def _sentence(record: dict[str, Any]) -> str:
+    where = f" at {record['frame']}" if record["frame"] else ""
+    message = record["message"].splitlines()[0] if record["message"] else ""
+    reason = f"{record['type']}: {message}".rstrip(": ")
+    return f"rank {record['rank']} on {record['host']} failed{where}: {reason}; full traceback in {record['traceback']}"
+
+
+def _from_signal(rank: int | None, number: int, *, log: Path, out_of_memory: bool) -> Failure:
+    name, host = signal.Signals(number).name, socket.gethostname()
+    who = "torchrun" if rank is None else f"rank {rank}"
+    if out_of_memory and number == signal.SIGKILL:
+        error: LauncherError = DeviceMemoryError(
+            f"{who} on {host} was killed by the kernel, out of host memory; use a smaller plan.micro_batch_size, "
+            "plan.recompute=full or a higher plan.zero_stage"
+        )
+        return Failure(cause="out_of_memory", error=error, rank=rank, host=host)
+    error = LostRankError(f"{who} on {host} was killed by {name}; see {log}")
+    return Failure(cause="lost_rank", error=error, rank=rank, host=host)
+
+
+def _from_hang(run: RunDir, hang: Hang) -> Failure:
+    stall, rank = hang.stall, hang.culprit.rank
+    host = next((beat.host for beat in stall.beats if beat.rank == rank), socket.gethostname())
+    error = HungError(
+        f"rank {rank} on {host} holds up the run: {hang.culprit.why}; no sign of life for {stall.silent_s:.1f} s "
+        f"({stall.key}={stall.limit_s:g}), the stacks of all ranks are in {run.logs}"
+    )
+    return Failure(cause="hang", error=error, rank=rank, host=host)

@@ -1,0 +1,156 @@
+"""Start the workers of a frozen run again and again until it is finished, somebody stops it, or it is no use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.checkpoint import CheckpointStore
+from launcher.errors import LauncherError
+from launcher.output import print_line
+from launcher.run_dir import RunDir, lock
+from launcher.supervise import memory
+from launcher.supervise.failure import Failure, explain
+from launcher.supervise.policy import Attempt, decide
+from launcher.supervise.start import Ending, start
+from launcher.supervise.stop_requests import StopRequests, handling
+from launcher.supervise.watch import step_reached
+
+
+def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) -> int:
+    """Run the workers, to train or to export, through failures that another start can mend.
+
+    Return 0, 129, 130 or 143; raise what the last start died of.
+    """
+    requests = StopRequests(run=run, exporting=export is not None)
+    descriptor = lock(run)
+    try:
+        with handling(requests):
+            supervisor = _Supervisor(run=run, requests=requests, quiet_stdout=quiet_stdout, lock=descriptor)
+            return supervisor.train() if export is None else supervisor.export(export)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Supervisor:
+    """One launcher's care for one run."""
+
+    run: RunDir
+    requests: StopRequests
+    quiet_stdout: bool
+    lock: int
+    attempts: list[Attempt] = field(default_factory=list)  # that failed
+    furthest: int = 0  # steps completed by any start
+
+    def export(self, folder: Path) -> int:
+        """Start the workers once to write the weights; what they die of is the answer."""
+        ending, failure = self._start(export=folder)
+        if self.requests.received is not None:
+            return self.requests.exit_code
+        if failure is None:
+            return 0
+        self._log_failure("export_failed", failure, ending)
+        raise failure.error
+
+    def train(self) -> int:
+        """Start the workers until they end well, or until another start is of no use."""
+        while True:
+            checkpoint = self._newest_checkpoint()
+            ending, failure = self._start(export=None)
+            if self._stopped_on_request(failure):
+                return self._interrupted()
+            if failure is None:
+                return 0
+            self._log_failure("failed", failure, ending)
+            self._remember(failure, ending, checkpoint)
+            delay = self._next_start(failure)
+            self.requests.sleep(delay)
+            if self.requests.received is not None:
+                return self._interrupted()
+            if self.requests.asked():
+                raise failure.error
+
+    def _start(self, *, export: Path | None) -> tuple[Ending, Failure | None]:
+        kills = memory.kills()
+        ending = start(self.run, self.requests, quiet_stdout=self.quiet_stdout, export=export, lock=self.lock)
+        if ending.code == 0:
+            return ending, None
+        return ending, explain(self.run, ending, out_of_memory_kills=memory.kills() - kills)
+
+    def _stopped_on_request(self, failure: Failure | None) -> bool:
+        finished = next((e["event"] for e in reversed(list(self.run.events()))), None) == "finished"
+        # One request that ends in a fault is a fault: the checkpoint it promised may be missing.
+        return (
+            self.requests.received is not None
+            and not finished
+            and (failure is None or self.requests.count > 1)
+        )
+
+    def _interrupted(self) -> int:
+        assert self.requests.received is not None
+        self.run.stop_file.unlink(missing_ok=True)
+        self.run.log_event("interrupted", signal=self.requests.received.name)
+        return self.requests.exit_code
+
+    def _remember(self, failure: Failure, ending: Ending, checkpoint: str | None) -> None:
+        reached = step_reached(ending.beats)
+        # Another launcher may have come further before; then its checkpoint is what this one began with.
+        progressed = reached > self.furthest or self._newest_checkpoint() != checkpoint
+        self.furthest = max(self.furthest, reached)
+        self.attempts.append(Attempt(cause=failure.cause, progressed=progressed))
+
+    def _next_start(self, failure: Failure) -> float:
+        """Return the seconds until the next start, and tell about it; raise where there is none."""
+        policy = self.run.job().supervise
+        decision = decide(policy, self.attempts)
+        if self.requests.asked():
+            raise failure.error  # also where a start would help: this run is to end
+        if not decision.again:
+            raise _final(failure.error, self.run, decision.why)
+        checkpoint = self._newest_checkpoint()
+        self.run.log_event(
+            "restarting",
+            cause=failure.cause,
+            rank=failure.rank,
+            host=failure.host,
+            step=self.furthest,
+            checkpoint=checkpoint,
+            delay_s=decision.delay_s,
+            number=len(self.attempts),
+        )
+        when = f" in {decision.delay_s:g} s" if decision.delay_s else ""
+        print_line(
+            f"meshwright: {failure.error}; starting again{when} from {checkpoint or 'the beginning'} "
+            f"(restart {len(self.attempts)} of {policy.max_restarts})",
+            sys.stderr,
+        )
+        return decision.delay_s
+
+    def _newest_checkpoint(self) -> str | None:
+        found = CheckpointStore(self.run.checkpoints, self.run.job().checkpoint).committed()
+        return found[0].name if found else None
+
+    def _log_failure(self, event: str, failure: Failure, ending: Ending) -> None:
+        self.run.log_event(
+            event,
+            type=type(failure.error).__name__,
+            message=str(failure.error),
+            exit_code=failure.error.exit_code,
+            cause=failure.cause,
+            rank=failure.rank,
+            host=failure.host,
+            frame=failure.frame,
+            step=step_reached(ending.beats),
+        )
+
+
+def _final(error: LauncherError, run: RunDir, why: str) -> LauncherError:
+    """Add why the run ends here; a fault that says itself what to do stays as it is."""
+    if not why:
+        return error
+    return type(error)(
+        f"{error}; not started again: {why}; `meshwright resume {run.path}` goes on from the last good checkpoint"
+    )
