@@ -37,7 +37,7 @@ def check_loss_falls(losses: Sequence[float]) -> str:
 
 
 def _check_resume(run: RunDir, losses: dict[int, float], *, quiet_stdout: bool) -> str:
-    store = CheckpointStore(run.checkpoints, run.job().checkpoint)
+    store = CheckpointStore(run.checkpoints, keep_last=run.job().checkpoint.keep_last)
     num_steps = run.job().training.num_steps
     earlier = [path for path in store.committed() if store.verify(path).step < num_steps]
     if not earlier:

@@ -110,7 +110,7 @@ class Job:
 
     def __post_init__(self) -> None:
         interval, num_steps = self.checkpoint.interval, self.training.num_steps
-        if self.checks.resume_is_exact and not 0 < interval < num_steps:
+        if self.checks.resume_is_exact and (interval == "auto" or not 0 < interval < num_steps):
             raise ValueError(
                 f"checks.resume_is_exact=true needs a checkpoint before the last step; set checkpoint.interval "
                 f"between 1 and {num_steps - 1} (it is {interval})"

@@ -75,8 +75,18 @@ def _optional(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> Any:
             return None
         raise ConfigError(f"{key}=null is not accepted; give {_describe(hint)}")
     inner = [arg for arg in args if arg is not type(None)]
-    assert len(inner) == 1, f"decode supports X | None only, not {hint}"
-    return _value(inner[0], value, key)
+    words = [arg for arg in inner if get_origin(arg) is Literal]
+    if len(inner) == 2 and words:  # a number, or a word that stands for one
+        if value in get_args(words[0]):
+            return value
+        inner.remove(words[0])
+    assert len(inner) == 1, f"decode supports X | None and X | Literal only, not {hint}"
+    try:
+        return _value(inner[0], value, key)
+    except ConfigError as error:
+        if not words or isinstance(value, int | float):
+            raise
+        raise ConfigError(f"{key}={value} is not {_describe(hint)}") from error
 
 
 def _scalar(hint: type, value: Any, key: str) -> Any:
@@ -103,7 +113,10 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(str(arg) for arg in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
-        return _describe(inner[0]) + " or null"
+        null = ["null"] if type(None) in get_args(hint) else []
+        words = [str(word) for arg in inner if get_origin(arg) is Literal for word in get_args(arg)]
+        plain = [_describe(arg) for arg in inner if get_origin(arg) is not Literal or len(inner) == 1]
+        return " or ".join([*plain, *(words if len(inner) > 1 else []), *null])
     return "a list" if get_origin(hint) is tuple else "a group of keys"
 
 

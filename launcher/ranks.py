@@ -6,7 +6,7 @@ import base64
 import os
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -19,6 +19,8 @@ from launcher.errors import ClusterError
 Store: TypeAlias = dist.Store
 # Long for start-up: compilation, weights from a slow disk, ranks that arrive late.
 INIT_TIMEOUT = timedelta(minutes=30)
+# Ranks that write checkpoints meet when the slowest disk is done.
+WRITE_TIMEOUT = timedelta(hours=2)
 RUN_DIR_KEY = "meshwright/run_dir"
 
 
@@ -29,18 +31,25 @@ class Ranks:
     rank: int
     world_size: int
     local_rank: int
+    group: dist.ProcessGroup | None = None  # None: training's own
+
+    def separate(self) -> Ranks:
+        """The same ranks over a group of its own, for another thread; every rank has to ask."""
+        if self.world_size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def any(self, flag: bool) -> bool:
         """Tell whether any rank says yes; all ranks get the same answer."""
         if self.world_size == 1:
             return flag
         value = torch.tensor([int(flag)], dtype=torch.int32)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return bool(value.item())
 
     def maximum(self, value: float) -> float:
@@ -48,7 +57,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return float(tensor.item())
 
     def broadcast(self, value: Any) -> Any:
@@ -56,7 +65,7 @@ class Ranks:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -64,7 +73,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
 

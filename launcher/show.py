@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from launcher.checkpoint import CheckpointStore
+from launcher.checkpoint import open_tiers
+from launcher.goodput import ledger
 from launcher.monitor.metrics import read
 from launcher.run_dir import RunDir, since_replanned
 from strategies.spec import Plan
@@ -24,9 +26,11 @@ STATES = {
 
 def describe(run: RunDir) -> dict[str, Any]:
     """Everything `show` prints, as plain data."""
-    plan_data = run.plan_data()
+    plan_data, job = run.plan_data(), run.job()
+    tiers = open_tiers(job.checkpoint, checkpoints=run.checkpoints, identity=run.env_file)
     events = list(run.events())
     metrics = read(run.metrics_file)
+    spent = ledger(events, metrics, now=time.time())
     measured = next((e["measured"] for e in reversed(since_replanned(events)) if "measured" in e), None)
     failure: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("failed", "launched")), {})
     return {
@@ -35,18 +39,17 @@ def describe(run: RunDir) -> dict[str, Any]:
         "failure": failure.get("message"),
         "plan": {f.name: plan_data[f.name] for f in fields(Plan) if f.name in plan_data},
         "step": metrics[-1]["step"] if metrics else 0,
-        "num_steps": run.job().training.num_steps,
+        "num_steps": job.training.num_steps,
         "loss": metrics[-1]["loss"] if metrics else None,
         "validation_loss": next(
             (m["validation_loss"] for m in reversed(metrics) if "validation_loss" in m), None
         ),
         "metrics": metrics[-1] if metrics else None,
-        "checkpoints": [
-            path.name for path in CheckpointStore(run.checkpoints, run.job().checkpoint).committed()
-        ],
+        "checkpoints": list(dict.fromkeys(path.name for path in tiers.committed())),
         "predictions": plan_data["predictions"],
         "measured": measured,
         "comparison": compare(plan_data["predictions"], measured),
+        "goodput": None if spent is None else spent.record(),
     }
 
 
@@ -96,6 +99,8 @@ def to_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"validation loss {facts['validation_loss']:.4f} nats per token")
     lines.append(f"checkpoints {', '.join(facts['checkpoints']) or 'none'}")
     lines.extend(_comparison_lines(facts["comparison"]))
+    if facts["goodput"]:
+        lines.append(_goodput_line(facts["goodput"]))
     return "\n".join(lines)
 
 
@@ -114,3 +119,13 @@ def _comparison_lines(comparison: Mapping[str, Mapping[str, float]]) -> list[str
             f"(worst rank; ratio {row['predicted_over_measured']:.2f})"
         )
     return lines
+
+
+def _goodput_line(spent: Mapping[str, Any]) -> str:
+    parts = ("queue", "init", "stall", "lost", "idle", "other")
+    rest = ", ".join(f"{name} {spent[f'{name}_s'] / spent['wall_s']:.1%}" for name in parts)
+    starts = f"{spent['num_starts']} start{'s' if spent['num_starts'] > 1 else ''}"
+    return (
+        f"goodput    {spent['goodput']:.1%} of {spent['wall_s']:.0f} s in {starts} ({rest}; "
+        f"{spent['lost_steps']} steps repeated)"
+    )

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.checkpoint import CheckpointStore
+from launcher import goodput
+from launcher.cadence import Cadence
 from launcher.config import Job
 from launcher.data.loader import BatchLoader
 from launcher.data.tokens import Split, TokenDataset
-from launcher.errors import BadLossError, CheckpointError
+from launcher.errors import BadLossError
 from launcher.heartbeat import Phase
-from launcher.monitor.metrics import StepMetrics, flops_utilisation
+from launcher.monitor.metrics import StepMetrics, flops_utilisation, read
 from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.writers import Writer
 from launcher.run_dir import RunDir
+from launcher.saver import Position, RandomState, Saver
 from strategies.base import StepResult, Strategy
 from strategies.spec import Plan
 
@@ -37,8 +37,7 @@ class Process:
     """What the trainer asks of the process it runs in; the worker supplies torch's answers."""
 
     device_peak_bytes: Callable[[], int] | None  # None: computing on the CPU
-    random_state: Callable[[], dict[str, Any]]
-    restore_random_state: Callable[[dict[str, Any]], None]
+    random: RandomState
     is_abandoned: Callable[[], bool]  # True: nobody waits for this run any more
     beat: Callable[[Phase, int], None]  # a sign of life, where this rank may get stuck next
 
@@ -60,88 +59,44 @@ class Trainer:
     consumed_samples: int = 0
     _step_times: list[float] = field(default_factory=list)
     _last_validation: float | None = None
+    _clock: goodput.Clock | None = None  # on rank 0, once training
 
     def __post_init__(self) -> None:
-        self._store = CheckpointStore(self.run.checkpoints, self.job.checkpoint)
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------
+        self._saver = Saver(
+            run=self.run,
+            job=self.job,
+            plan=self.plan,
+            dataset=self.dataset,
+            strategy=self.strategy,
+            ranks=self.ranks,
+            random=self.process.random,
+            versions=self.versions,
+        )
+        self._cadence = Cadence(run=self.run, job=self.job, plan=self.plan, ranks=self.ranks)
 
     def restore(self) -> None:
-        """Load the newest good checkpoint, if there is one; say what was skipped and why."""
-        found = self._store.latest_good(logger.warning) if self.ranks.rank == 0 else None
-        found = self.ranks.broadcast(found)
-        if found is None:
-            self._check_nothing_lost()
-            return
-        path, manifest = found
-        self._store.check_belongs(
-            manifest,
-            plan=self.plan,
-            model=self.job.model,
-            dataset_hash=self.dataset.content_hash,
-        )
-        self.strategy.load(path / "engine")
-        self._restore_random_state(path)
-        self.step, self.consumed_samples = manifest.step, manifest.consumed_samples
-        if self.ranks.rank == 0:
-            logger.info("resumed from %s at step %d", path.name, self.step)
-            self.run.log_event("resumed", step=self.step, checkpoint=path.name)
-
-    def _check_nothing_lost(self) -> None:
-        """A run that has saved once must not begin again as if it had not."""
-        found = len(self._store.committed())
-        if found or any(event["event"] == "checkpoint" for event in self.run.events()):
-            raise CheckpointError(
-                f"none of the {found} checkpoints in {self.run.checkpoints} is good; "
-                f"see {self.run.logs} for each reason, or start in a new run directory"
-            )
-
-    def save(self) -> None:
-        """Write a checkpoint with all ranks; it counts from the moment its manifest is in place."""
-        started = time.perf_counter()
-        directory = self.ranks.broadcast(self._store.begin(self.step) if self.ranks.rank == 0 else None)
-        self._write_part(directory)
-        self.ranks.barrier()
-        if self.ranks.rank == 0:
-            self._store.commit(
-                self.step,
-                consumed_samples=self.consumed_samples,
-                plan=self.plan,
-                model=self.job.model,
-                training=self.job.training,
-                versions=self.versions,
-                data=self.dataset.content_hash,
-                reshardable=self.strategy.capabilities.reshardable,
-            )
-            seconds = time.perf_counter() - started
-            logger.info("checkpoint at step %d written in %.1f s", self.step, seconds)
-            self.run.log_event("checkpoint", step=self.step, seconds=seconds)
-        self.ranks.barrier()
-
-    def _write_part(self, directory: Path) -> None:
-        state_file = directory / "rng" / f"rank_{self.ranks.rank:05d}.json"
-        try:
-            self.strategy.save(directory / "engine")
-            state_file.write_text(json.dumps(self.process.random_state()), encoding="utf-8")
-        except (
-            BaseException
-        ) as error:  # engines wrap a full disk in types of their own, not all of them Exceptions
-            self._store.discard(self.step)
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(
-                f"checkpoint of step {self.step} could not be written under {self.run.checkpoints}: {reason}; "
-                "free space or make it writable, then resume from the one before"
-            ) from error
-
-    def _restore_random_state(self, path: Path) -> None:
-        state_file = path / "rng" / f"rank_{self.ranks.rank:05d}.json"
-        if state_file.exists():  # a resharded run may have more ranks than the one that saved
-            self.process.restore_random_state(json.loads(state_file.read_text(encoding="utf-8")))
+        """Go on from the newest good checkpoint, if there is one."""
+        position = self._saver.restore()
+        self.step, self.consumed_samples = position.step, position.consumed_samples
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> str:
         """Run to the last step or to a stop request. Return "finished" or "stopped"."""
+        try:
+            self._cadence.begin()
+            if self.ranks.rank == 0:
+                self._clock = goodput.clock(list(self.run.events()), read(self.run.metrics_file))
+            self._loop()
+            self._saver.settle(last=True)
+        except BaseException:
+            self._saver.leave()
+            raise
+        state = "finished" if self.step >= self.job.training.num_steps else "stopped"
+        self._conclude(state)
+        return state
+
+    def _loop(self) -> None:
         first_step, num_steps = self.step, self.job.training.num_steps
         stopping = False
         microbatches = self.plan.num_microbatches
@@ -155,11 +110,16 @@ class Trainer:
                 self._compare_with_plan()
                 stopping = self._stop_requested(first_step)
                 if self._checkpoint_due(stopping=stopping):
-                    self.process.beat("saving", self.step)
-                    self.save()
-        state = "finished" if self.step >= num_steps else "stopped"
-        self._conclude(state)
-        return state
+                    self._save(stopping=stopping)
+
+    def _save(self, *, stopping: bool) -> None:
+        self.process.beat("saving", self.step)
+        last = stopping or self.step == self.job.training.num_steps
+        if stopping:
+            self._saver.warn_of_grace()
+        position = Position(step=self.step, consumed_samples=self.consumed_samples)
+        stall_s = self._saver.save(position, last=last)
+        self._cadence.measured(save_s=stall_s, step_s=statistics.median(self._step_times))
 
     def _one_step(self, loader: BatchLoader) -> StepMetrics:
         started = time.perf_counter()
@@ -206,6 +166,7 @@ class Trainer:
             consumed_samples=self.consumed_samples,
             skipped=result.skipped,
             validation_loss=validation_loss,
+            goodput=None if self._clock is None else self._clock.tick(seconds, now=time.time()),
             time=time.time(),
         )
 
@@ -217,16 +178,17 @@ class Trainer:
         return last or (interval > 0 and self.step % interval == 0)
 
     def _checkpoint_due(self, *, stopping: bool) -> bool:
-        policy = self.job.checkpoint
-        if self.step == self.job.training.num_steps and policy.save_last:
+        if self.step == self.job.training.num_steps and self.job.checkpoint.save_last:
             return True
-        return stopping or (policy.interval > 0 and self.step % policy.interval == 0)
+        return stopping or self._cadence.is_due(self.step)
 
     def _stop_requested(self, first_step: int) -> bool:
         stop_at = self.job.stop_at_step
         if stop_at is not None and first_step < stop_at <= self.step:
             return True
-        asked = self.ranks.rank == 0 and (self.run.stop_file.exists() or self.process.is_abandoned())
+        asked = self.ranks.rank == 0 and (
+            self.run.stop_file.exists() or self.process.is_abandoned() or self._saver.has_failed
+        )
         return self.ranks.any(asked)
 
     # ---- helpers -----------------------------------------------------------------------------------------------

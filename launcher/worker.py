@@ -41,6 +41,7 @@ from launcher.monitor.writers import Writer, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
+from launcher.saver import RandomState
 from launcher.submit.local import EXPORT, LAUNCHER_PID
 from launcher.trainer import Process, Trainer
 from strategies import environment
@@ -115,8 +116,7 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
         ranks=ranks,
         process=Process(
             device_peak_bytes=torch_side.device_peak_bytes(),
-            random_state=torch_side.random_state,
-            restore_random_state=torch_side.restore_random_state,
+            random=RandomState(get=torch_side.random_state, set=torch_side.restore_random_state),
             is_abandoned=_launcher_is_gone,
             beat=heart.beat,
         ),

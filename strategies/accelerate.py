@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf, process
+from strategies import hf, process, staging
 from strategies.base import Capabilities, StateBytes, StepResult, Strategy
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
@@ -18,6 +18,7 @@ from strategies.spec import Plan, TrainingSpec
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from transformers import PreTrainedModel
 
@@ -81,6 +82,7 @@ class AccelerateStrategy(Strategy):
     """One process a GPU; all ranks are data parallel."""
 
     capabilities = CAPABILITIES
+    _copy: staging.HostCopy | None = None
 
     create_weights = staticmethod(hf.create_weights)
 
@@ -98,6 +100,8 @@ class AccelerateStrategy(Strategy):
         self._plan, self._training = plan, training
         hf.be_quiet()
         process.set_deterministic(training)
+        # Of a checkpoint written by one process, which is meant. Not around the call: a thread may make it.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         process.local_device()
         before = dict(os.environ)
         self._accelerator = _create_accelerator(plan, training)
@@ -147,12 +151,25 @@ class AccelerateStrategy(Strategy):
 
     def save(self, directory: Path) -> None:
         """Write sharded model and optimizer with torch's distributed checkpoint."""
+        self._write(self._own_state(), directory)
+
+    def snapshot_bytes(self) -> int:
+        """Of what this rank writes: its shard, or its share of what all ranks hold."""
+        return staging.num_bytes(self._own_state())
+
+    def snapshot(self, directory: Path) -> Callable[[], None]:
+        """Copy what `save` would write."""
+        if self._copy is None:
+            self._copy = staging.HostCopy()
+        state, group = self._copy.take(self._own_state()), self._copy.group
+        return lambda: self._write(state, directory, group=group)
+
+    def _write(
+        self, state: dict[str, Any], directory: Path, *, group: dist.ProcessGroup | None = None
+    ) -> None:
         from torch.distributed import checkpoint
 
-        state = self._state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            checkpoint.save(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
+        checkpoint.save(state, checkpoint_id=directory, process_group=group, no_dist=self._plan.dp == 1)
 
     def load(self, directory: Path) -> None:
         """Restore it; number of ranks and ZeRO stage may differ from those that wrote it."""
@@ -160,9 +177,7 @@ class AccelerateStrategy(Strategy):
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         state = self._state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            checkpoint.load(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
+        checkpoint.load(state, checkpoint_id=directory, no_dist=self._plan.dp == 1)
         set_state_dict(
             self._model,
             self._optimizer.optimizer,
@@ -185,6 +200,7 @@ class AccelerateStrategy(Strategy):
         from accelerate.state import AcceleratorState, GradientState
 
         del self._model, self._optimizer, self._accelerator
+        self._copy = None
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         for name, value in self._replaced.items():
@@ -230,6 +246,13 @@ class AccelerateStrategy(Strategy):
             return _unreduced(self._model)
         context: AbstractContextManager[Any] = self._accelerator.no_sync(self._model)
         return context
+
+    def _own_state(self) -> dict[str, Any]:
+        """What this rank writes: of a state that every rank holds whole, each writes a part."""
+        state = self._state()
+        if self._plan.zero_stage or self._plan.dp == 1:
+            return state
+        return staging.share_of(state, rank=self.dp_rank, world_size=self._plan.dp)
 
     def _state(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import get_state_dict

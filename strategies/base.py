@@ -288,6 +288,19 @@ class Strategy(ABC):
     def save(self, directory: Path) -> None:
         """Write this rank's part of model and optimizer into `directory`, which exists."""
 
+    def snapshot_bytes(self) -> int:
+        """Host memory that a `snapshot` takes on this rank; 0: this engine writes at once."""
+        return 0
+
+    def snapshot(self, directory: Path) -> Callable[[], None]:
+        """Copy this rank's state; return what writes it into `directory` as `save` does, while training goes on.
+
+        A thread runs it, the same one on every rank and one save after the other: it shares no process group with
+        training. Raises what `save` raises.
+        """
+        self.save(directory)
+        return lambda: None
+
     @abstractmethod
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote."""

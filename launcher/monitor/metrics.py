@@ -31,6 +31,7 @@ class StepMetrics:
     skipped: bool = False  # fp16 overflow: the optimizer did not move
     mfu: float | None = None  # 0 to 1
     validation_loss: float | None = None
+    goodput: float | None = None  # productive share of the wall time since the run was created, 0 to 1
 
     def record(self) -> dict[str, Any]:
         """Return the fields that have a value."""

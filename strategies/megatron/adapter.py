@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from strategies.megatron.capabilities import CAPABILITIES
 from strategies.megatron.settings import Settings, to_settings
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
+from strategies.staging import HostCopy
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ class MegatronStrategy(Strategy):
     """One process a GPU, placed by plan.rank_order."""
 
     capabilities = CAPABILITIES
+    _copy: HostCopy | None = None
 
     create_weights = staticmethod(hf.create_weights)
 
@@ -100,6 +102,20 @@ class MegatronStrategy(Strategy):
 
         checkpoints.save(self._chunks, self._optimizer, directory)
 
+    def snapshot_bytes(self) -> int:
+        """Of what this rank writes."""
+        from strategies.megatron import checkpoints
+
+        return checkpoints.num_bytes(self._chunks, self._optimizer)
+
+    def snapshot(self, directory: Path) -> Callable[[], None]:
+        """Copy what `save` would write, gathered and planned."""
+        from strategies.megatron import checkpoints
+
+        if self._copy is None:
+            self._copy = HostCopy()
+        return checkpoints.snapshot(self._chunks, self._optimizer, directory, self._copy)
+
     def load(self, directory: Path) -> None:
         """Restore it; all degrees of the plan may differ from those that wrote it."""
         from strategies.megatron import checkpoints
@@ -118,6 +134,7 @@ class MegatronStrategy(Strategy):
         from strategies.megatron import network
 
         del self._chunks, self._optimizer
+        self._copy = None
         network.leave_groups()
 
     @classmethod

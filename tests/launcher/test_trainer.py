@@ -21,6 +21,7 @@ from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics
 from launcher.planner.search import PlanRequest
 from launcher.run_dir import RunDir
+from launcher.saver import RandomState
 from launcher.trainer import Process, Trainer
 from strategies.base import StepResult
 from strategies.fake import FakeStrategy
@@ -44,6 +45,12 @@ class Alone:
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def separate(self) -> Alone:
+        return self
+
 
 class Kept:
     """A sink that remembers."""
@@ -59,8 +66,7 @@ class Kept:
 
 NO_RANDOMNESS = Process(
     device_peak_bytes=None,
-    random_state=dict,
-    restore_random_state=lambda state: None,
+    random=RandomState(get=dict, set=lambda state: None),
     is_abandoned=lambda: False,
 )
 
@@ -154,7 +160,7 @@ def test_every_step_is_reported_once_with_its_numbers(make: Callable[..., Traine
 def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) -> None:
     trainer = make()
     trainer.train()
-    saved = [json.loads((path / "manifest.json").read_text()) for path in trainer._store.committed()]
+    saved = [json.loads((path / "manifest.json").read_text()) for path in trainer._saver.tiers.committed()]
     assert [manifest["step"] for manifest in saved] == [10, 8, 4]
     assert [manifest["consumed_samples"] for manifest in saved] == [80, 64, 32]
 
@@ -162,7 +168,7 @@ def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) 
 def test_a_resumed_run_repeats_the_losses_exactly(make: Callable[..., Trainer]) -> None:
     whole = make()
     whole.train()
-    for path in whole._store.committed()[:2]:
+    for path in whole._saver.tiers.committed()[:2]:
         (path / "manifest.json").unlink()
     resumed = make()
     resumed.restore()
@@ -176,7 +182,7 @@ def test_a_stop_file_ends_the_run_with_a_checkpoint(make: Callable[..., Trainer]
     trainer.run.stop_file.touch()
     assert trainer.train() == "stopped"
     assert trainer.step == 1
-    assert [path.name for path in trainer._store.committed()] == ["step_0000000001"]
+    assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000001"]
 
 
 def test_stop_at_step_holds_once_and_resume_goes_on(make: Callable[..., Trainer]) -> None:
@@ -195,7 +201,7 @@ def test_stop_at_step_holds_once_and_resume_goes_on(make: Callable[..., Trainer]
 def test_all_checkpoints_damaged_is_said_not_restarted(make: Callable[..., Trainer]) -> None:
     trainer = make()
     trainer.train()
-    for path in trainer._store.committed():
+    for path in trainer._saver.tiers.committed():
         (path / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
         make().restore()
@@ -213,7 +219,7 @@ def test_a_run_nobody_waits_for_saves_and_stops(make: Callable[..., Trainer]) ->
     trainer = make()
     trainer.process = replace(NO_RANDOMNESS, is_abandoned=lambda: True)
     assert trainer.train() == "stopped"
-    assert [path.name for path in trainer._store.committed()] == ["step_0000000001"]
+    assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000001"]
 
 
 def test_another_model_may_not_continue(make: Callable[..., Trainer], tiny_model: ModelSpec) -> None:
@@ -255,4 +261,4 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_checkpoints(
     monkeypatch.setattr(trainer.strategy, "train_step", spoiled)
     with pytest.raises(TrainingError, match="loss of step 6 is nan"):
         trainer.train()
-    assert [path.name for path in trainer._store.committed()] == ["step_0000000004"]
+    assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000004"]

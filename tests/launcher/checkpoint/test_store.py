@@ -3,18 +3,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import checkpoint
-from launcher.checkpoint import CheckpointPolicy, CheckpointStore, FileEntry, Manifest
-from launcher.decode import decode
-from launcher.errors import CheckpointError, ConfigError
+from launcher.checkpoint import CheckpointStore, FileEntry, Manifest, files, manifest
+from launcher.errors import CheckpointError
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -34,19 +32,27 @@ PLAN = Plan(strategy="fake", dp=2, tp=2, micro_batch_size=2, num_microbatches=2,
 
 
 def store_in(root: Path, *, keep_last: int = 2, keep_every: int = 0) -> CheckpointStore:
-    return CheckpointStore(root, CheckpointPolicy(keep_last=keep_last, keep_every=keep_every))
+    return CheckpointStore(root, keep_last=keep_last, keep_every=keep_every)
 
 
 def commit(store: CheckpointStore, step: int, *, reshardable: frozenset[str] = frozenset()) -> Path:
+    aside = store.aside_of(step)
+    with store.writing(step):
+        found = tuple(files.entries(aside, files.names(aside)))
     return store.commit(
-        step,
-        consumed_samples=8 * step,
-        plan=PLAN,
-        model=MODEL,
-        training=TRAINING,
-        versions={"torch": "2.13.0"},
-        data="abc123",
-        reshardable=reshardable,
+        Manifest(
+            format=manifest.FORMAT,
+            step=step,
+            consumed_samples=8 * step,
+            plan=PLAN,
+            model=MODEL,
+            training=TRAINING,
+            versions={"torch": "2.13.0"},
+            files=found,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            data="abc123",
+            reshardable=tuple(sorted(reshardable)),
+        )
     )
 
 
@@ -64,10 +70,11 @@ def names(root: Path) -> list[str]:
 
 
 def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content and seal it again: what is left is wrong by its meaning only."""
     file = path / "manifest.json"
     record = json.loads(file.read_text())
     change(record)
-    file.write_text(json.dumps(record))
+    file.write_bytes(manifest.sealed(record))
 
 
 def test_what_was_committed_is_found_again_unchanged(tmp_path: Path) -> None:
@@ -76,18 +83,18 @@ def test_what_was_committed_is_found_again_unchanged(tmp_path: Path) -> None:
     assert path == root / "step_0000000020"
     found = store_in(root).latest_good(pytest.fail)
     assert found is not None
-    where, manifest = found
+    where, content = found
     assert where == path
-    assert (manifest.format, manifest.step, manifest.consumed_samples) == (1, 20, 160)
-    assert (manifest.plan, manifest.model, manifest.training) == (PLAN, MODEL, TRAINING)
-    assert manifest.versions == {"torch": "2.13.0"}
-    assert [entry.path for entry in manifest.files] == [
+    assert (content.format, content.step, content.consumed_samples) == (2, 20, 160)
+    assert (content.plan, content.model, content.training) == (PLAN, MODEL, TRAINING)
+    assert content.versions == {"torch": "2.13.0"}
+    assert [entry.path for entry in content.files] == [
         "engine/deep/er/empty",
         "engine/rank_0.bin",
         "rng/rank_0.json",
     ]
-    assert [entry.size for entry in manifest.files] == [0, 1000, 11]
-    age = datetime.now(timezone.utc) - datetime.fromisoformat(manifest.created)
+    assert [entry.size for entry in content.files] == [0, 1000, 11]
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(content.created)
     assert abs(age.total_seconds()) < 60
 
 
@@ -109,8 +116,8 @@ def test_begin_clears_what_an_earlier_try_left(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     (store.begin(5) / "engine" / "stale.bin").write_bytes(b"old")
     (store.begin(5) / "engine" / "fresh.bin").write_bytes(b"new")
-    manifest = store.verify(commit(store, 5))
-    assert [entry.path for entry in manifest.files] == ["engine/fresh.bin"]
+    content = store.verify(commit(store, 5))
+    assert [entry.path for entry in content.files] == ["engine/fresh.bin"]
 
 
 def test_discard_leaves_nothing(tmp_path: Path) -> None:
@@ -128,20 +135,41 @@ def test_an_empty_checkpoint_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def to_link(file: Path) -> None:
+    file.rename(file.parents[2] / "elsewhere")
+    file.symlink_to(file.parents[2] / "elsewhere")
+
+
+def swap(first: Path, second: Path) -> None:
+    first.rename(first.with_name("third"))
+    second.rename(first)
+    first.with_name("third").rename(second)
+
+
 DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda p: (p / "manifest.json").unlink(),
         r"manifest\.json is missing: this checkpoint was never finished",
     ),
     (lambda p: (p / "manifest.json").write_text('{"format": 1, "st'), r"manifest\.json cannot be read"),
-    (lambda p: (p / "manifest.json").write_text("[]"), r"manifest\.json is not a manifest"),
+    (lambda p: (p / "manifest.json").write_text("[]"), "does not have the checksum it ends with"),
     (lambda p: change_manifest(p, lambda m: m.update(steps=1)), "unknown key 'steps'; did you mean 'step'"),
     (lambda p: change_manifest(p, lambda m: m.pop("data")), "missing key 'data'"),
     (lambda p: change_manifest(p, lambda m: m["plan"].update(dp=0)), "plan.dp=0 must be at least 1"),
     (
-        lambda p: change_manifest(p, lambda m: m.update(format=2, novelty=1)),
-        "has format=2, newer than the 1 known here; update meshwright",
+        lambda p: change_manifest(p, lambda m: m.update(format=3, novelty=1)),
+        "has format=3, this version reads 2; use the meshwright that wrote it",
     ),
+    (lambda p: flip(p / "manifest.json", 60), "does not have the checksum it ends with|cannot be read"),
+    (lambda p: (p / "engine" / "more.bin").write_bytes(b""), r"more\.bin is not in the manifest"),
+    (lambda p: to_link(p / "engine" / "rank_0.bin"), r"rank_0\.bin is a link"),
+    (lambda p: swap(p / "engine" / "rank_0.bin", p / "rng" / "rank_0.json"), "has 11 bytes, the manifest says"),
     (lambda p: (p / "rng" / "rank_0.json").unlink(), r"rng/rank_0\.json is missing"),
     (lambda p: os.truncate(p / "engine" / "rank_0.bin", 999), "has 999 bytes, the manifest says 1000"),
     (lambda p: (p / "engine" / "rank_0.bin").write_bytes(b"\x00" * 1000), r"rank_0\.bin has checksum"),
@@ -184,7 +212,7 @@ def test_a_link_cannot_lead_outside_either(tmp_path: Path) -> None:
     committed = save(store, 10)
     (committed / "engine").rename(tmp_path / "engine")
     (committed / "engine").symlink_to(tmp_path / "engine")
-    with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
+    with pytest.raises(CheckpointError, match="engine is a link"):
         store.verify(committed)
 
 
@@ -193,7 +221,7 @@ def test_a_link_is_not_committed(tmp_path: Path) -> None:
     aside = store.begin(10)
     (aside / "engine" / "weights").symlink_to(__file__)
     with pytest.raises(CheckpointError, match="is a link"):
-        commit(store, 10)
+        files.names(aside)
 
 
 def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
@@ -264,7 +292,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_older_ones(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os if call == "fsync" else Path, call, fail)
+        patch.setattr(files.os if call == "fsync" else Path, call, fail)
         with pytest.raises(
             CheckpointError, match=r"could not write checkpoint step 20 .*No space left"
         ) as caught:
@@ -291,69 +319,6 @@ def test_a_removal_that_fails_does_not_stop_training(
 
     aside = store.begin(20)
     (aside / "engine" / "x").write_bytes(b"x")
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", fail)
+    monkeypatch.setattr(shutil, "rmtree", fail)
     assert commit(store, 20).name == "step_0000000020"
     assert "could not remove old checkpoint" in caplog.text
-
-
-def manifest_of(store: CheckpointStore) -> Manifest:
-    return store.verify(save(store, 20))
-
-
-def test_the_same_run_belongs(tmp_path: Path) -> None:
-    store = store_in(tmp_path)
-    # What leaves the engine's files as they are may change between two starts.
-    plan = replace(PLAN, micro_batch_size=1, num_microbatches=4, recompute="full", engine={})
-    model = replace(MODEL, name="renamed")
-    store.check_belongs(manifest_of(store), plan=plan, model=model, dataset_hash="abc123")
-
-
-def test_every_difference_is_listed(tmp_path: Path) -> None:
-    store = store_in(tmp_path)
-    with pytest.raises(CheckpointError) as caught:
-        store.check_belongs(
-            manifest_of(store),
-            plan=replace(PLAN, dp=4, zero_stage=1),
-            model=replace(MODEL, num_layers=3),
-            dataset_hash="def456",
-        )
-    for part in (
-        "checkpoint step 20 does not belong to this run",
-        "plan.dp: 2 in the checkpoint, 4 now",
-        "plan.zero_stage: 0 in the checkpoint, 1 now",
-        "model.num_layers: 2 in the checkpoint, 3 now",
-        "data: abc123 in the checkpoint, def456 now",
-    ):
-        assert part in str(caught.value)
-    assert "plan.tp" not in str(caught.value)
-
-
-def test_an_engine_that_reshards_takes_another_split_but_not_another_engine(tmp_path: Path) -> None:
-    store = store_in(tmp_path)
-    manifest = store.verify(save(store, 20, reshardable=frozenset({"dp", "zero_stage"})))
-    assert manifest.reshardable == ("dp", "zero_stage")
-    other = replace(PLAN, dp=4, zero_stage=3)
-    store.check_belongs(manifest, plan=other, model=MODEL, dataset_hash="abc123")
-    with pytest.raises(CheckpointError, match=r"plan\.strategy: fake in the checkpoint, deepspeed now"):
-        store.check_belongs(
-            manifest,
-            plan=replace(other, strategy="deepspeed"),
-            model=MODEL,
-            dataset_hash="abc123",
-        )
-    with pytest.raises(CheckpointError, match=r"plan\.tp: 2 in the checkpoint, 1 now"):
-        store.check_belongs(manifest, plan=replace(PLAN, tp=1), model=MODEL, dataset_hash="abc123")
-
-
-@pytest.mark.parametrize(
-    ("record", "sentence"),
-    [
-        ({"keep_last": 0}, "checkpoint.keep_last=0 must be at least 1"),
-        ({"interval": -5}, "checkpoint.interval=-5 must not be negative"),
-        ({"keep_every": -1}, "checkpoint.keep_every=-1 must not be negative"),
-    ],
-)
-def test_policy_refusals_name_the_key(record: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        decode(CheckpointPolicy, record, "checkpoint")
-    assert sentence in str(caught.value)

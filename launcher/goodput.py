@@ -1,0 +1,161 @@
+"""Where a run's wall time went, over all its starts: pure functions of events.jsonl and metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+Record = Mapping[str, Any]
+
+_ENDS = ("finished", "stopped", "failed", "interrupted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Seconds of wall time since the run was created, split without rest."""
+
+    productive_s: float  # steps that count, each once
+    queue_s: float  # from creation to the first start
+    init_s: float  # from a start to its first step: imports, weights, restoring
+    stall_s: float  # training stood still for a checkpoint
+    lost_s: float  # steps that were repeated, and what was under way when a start failed
+    idle_s: float  # from an end to the next start
+    other_s: float  # around the steps: metrics, agreeing about stopping, leaving
+    lost_steps: int
+    num_starts: int
+
+    @property
+    def wall_s(self) -> float:
+        """The sum of all parts."""
+        return float(sum(getattr(self, f.name) for f in fields(self) if f.name.endswith("_s")))
+
+    @property
+    def goodput(self) -> float:
+        """Productive share of the wall time, 0 to 1."""
+        return self.productive_s / self.wall_s if self.wall_s > 0 else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """As plain data."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "wall_s": self.wall_s, "goodput": self.goodput}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """One start of the workers; `stepped` is None where it ended before its first step."""
+
+    begun: float
+    stepped: float | None
+    ended: float
+    failed: bool
+
+
+def ledger(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -> Ledger | None:
+    """Add up a run; None before its first start. A start without an end is under way and counted up to `now`."""
+    # An export is no part of the run.
+    own = [event for event in events if not str(event["event"]).startswith("export")]
+    marks = sorted([*(record["time"] for record in metrics), *_times(own)])
+    starts = list(_starts(own, marks, now=now))
+    if not starts:
+        return None
+    lost = [event for event in own if event["event"] == "lost"]
+    saves = [event for event in own if event["event"] in ("checkpoint", "checkpoint_failed")]
+    productive, stall = productive_s(metrics), sum(event["stall_s"] for event in saves)
+    lost_s = sum(event["seconds"] for event in lost) + sum(_cut_off(start, marks) for start in starts)
+    init = sum((start.ended if start.stepped is None else start.stepped) - start.begun for start in starts)
+    running = sum(start.ended - start.begun for start in starts) - init
+    return Ledger(
+        productive_s=productive,
+        queue_s=starts[0].begun - own[0]["time"],
+        init_s=init,
+        stall_s=stall,
+        lost_s=lost_s,
+        idle_s=sum(after.begun - before.ended for before, after in pairwise(starts)),
+        other_s=running - productive - stall - lost_s,
+        lost_steps=sum(event["steps"] for event in lost),
+        num_starts=len(starts),
+    )
+
+
+def productive_s(metrics: Sequence[Record]) -> float:
+    """Seconds of the steps that count so far."""
+    return float(sum(record["step_time_s"] for record in metrics))
+
+
+class Clock:
+    """Goodput while training: productive seconds so far over the time since the run was created."""
+
+    def __init__(self, *, created: float, productive_s: float) -> None:
+        self._created = created
+        self._productive_s = productive_s
+
+    def tick(self, seconds: float, *, now: float) -> float:
+        """Count a step; return the share."""
+        self._productive_s += seconds
+        return self._productive_s / max(now - self._created, self._productive_s)
+
+
+def clock(events: Sequence[Record], metrics: Sequence[Record]) -> Clock | None:
+    """Start to count where the steps in `metrics` end; None for a run without events."""
+    if not events:
+        return None
+    return Clock(created=events[0]["time"], productive_s=productive_s(metrics))
+
+
+def lost(metrics: Sequence[Record], *, step: int) -> dict[str, Any] | None:
+    """What a start at `step` has to repeat, as the event `lost`; None where it repeats nothing.
+
+    `metrics` still holds the steps that are about to be taken back.
+    """
+    again = [record for record in metrics if record["step"] > step]
+    if not again:
+        return None
+    return {"steps": len(again), "seconds": productive_s(again), "until": again[-1]["time"]}
+
+
+def _times(events: Sequence[Record]) -> Iterator[float]:
+    """When something was done: an end only says that it was over by then."""
+    for event in events:
+        if event["event"] == "lost":
+            yield event["until"]
+        elif event["event"] not in _ENDS:
+            yield event["time"]
+
+
+def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> Iterator[_Start]:
+    begun: float | None = None
+    stepped: float | None = None
+
+    def closed(ended: float, *, failed: bool = False) -> _Start:
+        assert begun is not None
+        return _Start(begun=begun, stepped=stepped, ended=ended, failed=failed)
+
+    first = True
+    for event in events:
+        name, moment = event["event"], event["time"]
+        again = name == "started" and stepped is not None
+        if begun is not None and (name == "launched" or again):
+            # Nobody saw the end of the one before: it was alive when it last did something.
+            yield closed(max(mark for mark in marks if mark < moment or mark == begun))
+            begun = stepped = None
+        if name == "launched":
+            begun, first = moment, False
+        elif name == "started":
+            # Bare torchrun says nothing before its workers do.
+            begun = begun if begun is not None else (events[0]["time"] if first else moment)
+            stepped, first = moment, False
+        elif name in _ENDS and begun is not None:
+            yield closed(moment, failed=name == "failed")
+            begun = stepped = None
+    if begun is not None:
+        yield closed(now)
+
+
+def _cut_off(start: _Start, marks: Sequence[float]) -> float:
+    """From the last thing done to the end of a start that failed: a step cut off, or a hang until it was noticed."""
+    if not start.failed or start.stepped is None:
+        return 0.0
+    last = max((mark for mark in marks if start.begun <= mark <= start.ended), default=start.ended)
+    return start.ended - last
