@@ -100,10 +100,11 @@ def _write(writer: Any, metadata: Any, group: dist.ProcessGroup | None, director
 
     own: Queue[Any] = Queue()
     written: list[Any] = []
+    transforms = [writer.transforms] if hasattr(writer, "transforms") else []  # since torch 2.7
     for index, bucket in enumerate(writer.write_buckets):
         count: Queue[int] = Queue()
         count.put(index)
-        writer.write_preloaded_data([], index, bucket, own, count, True)
+        writer.write_preloaded_data(transforms, index, bucket, own, count, True)
         written.append(own.get()[1])
     failed = next((result for result in written if isinstance(result, Exception)), None)
     mine = failed or [result for results in written for result in results]

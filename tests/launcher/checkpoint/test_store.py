@@ -169,7 +169,10 @@ DAMAGES: list[tuple[Callable[[Path], object], str]] = [
     (lambda p: flip(p / "manifest.json", 60), "does not have the checksum it ends with|cannot be read"),
     (lambda p: (p / "engine" / "more.bin").write_bytes(b""), r"more\.bin is not in the manifest"),
     (lambda p: to_link(p / "engine" / "rank_0.bin"), r"rank_0\.bin is a link"),
-    (lambda p: swap(p / "engine" / "rank_0.bin", p / "rng" / "rank_0.json"), "has 11 bytes, the manifest says"),
+    (
+        lambda p: swap(p / "engine" / "rank_0.bin", p / "rng" / "rank_0.json"),
+        "has 11 bytes, the manifest says",
+    ),
     (lambda p: (p / "rng" / "rank_0.json").unlink(), r"rng/rank_0\.json is missing"),
     (lambda p: os.truncate(p / "engine" / "rank_0.bin", 999), "has 999 bytes, the manifest says 1000"),
     (lambda p: (p / "engine" / "rank_0.bin").write_bytes(b"\x00" * 1000), r"rank_0\.bin has checksum"),
