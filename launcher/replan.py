@@ -14,7 +14,7 @@ import yaml
 
 import strategies
 from launcher import run_dir
-from launcher.checkpoint import LAYOUT, check_belongs, open_tiers
+from launcher.checkpoint import LAYOUT, check_belongs
 from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError
@@ -82,8 +82,7 @@ def read(word: str) -> tuple[str, str, Any]:
 
 
 def _check_checkpoint(run: RunDir, job: Job, plan: Plan) -> None:
-    tiers = open_tiers(job.checkpoint, checkpoints=run.checkpoints, identity=run.env_file)
     skipped: list[str] = []
-    found = tiers.latest_good(skipped.append)
+    found = run.tiers(job.checkpoint).latest_good(skipped.append)
     if found is not None:
         check_belongs(found[1], plan=plan, model=job.model, dataset_hash=run.dataset().content_hash)

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from launcher.checkpoint import CheckpointPolicy, Tiers, open_tiers
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.decode import decode, encode
@@ -126,6 +127,10 @@ class RunDir:
     def dataset(self) -> TokenDataset:
         """Decode data.json."""
         return decode(TokenDataset, _read(self.data_file, json.loads), "data")
+
+    def tiers(self, policy: CheckpointPolicy) -> Tiers:
+        """Where this run's checkpoints lie."""
+        return open_tiers(policy, checkpoints=self.checkpoints, identity=self.env_file)
 
     def interpreter(self) -> Interpreter | None:
         """Decode the workers' Python out of env.json; None in runs of before it was recorded."""

@@ -18,7 +18,6 @@ from launcher import goodput
 from launcher.checkpoint.background import Background
 from launcher.checkpoint.completion import Completion, failure
 from launcher.checkpoint.manifest import FORMAT, Manifest, check_belongs
-from launcher.checkpoint.tiers import open_tiers
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.errors import CheckpointError
@@ -69,7 +68,7 @@ class Saver:
 
     def __post_init__(self) -> None:
         self._policy = self.job.checkpoint
-        self.tiers = open_tiers(self._policy, checkpoints=self.run.checkpoints, identity=self.run.env_file)
+        self.tiers = self.run.tiers(self._policy)
 
     # ---- restoring ---------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from launcher.checkpoint import open_tiers
 from launcher.goodput import ledger
 from launcher.monitor.metrics import read
 from launcher.run_dir import RunDir, since_replanned
@@ -27,7 +26,6 @@ STATES = {
 def describe(run: RunDir) -> dict[str, Any]:
     """Everything `show` prints, as plain data."""
     plan_data, job = run.plan_data(), run.job()
-    tiers = open_tiers(job.checkpoint, checkpoints=run.checkpoints, identity=run.env_file)
     events = list(run.events())
     metrics = read(run.metrics_file)
     spent = ledger(events, metrics, now=time.time())
@@ -45,7 +43,7 @@ def describe(run: RunDir) -> dict[str, Any]:
             (m["validation_loss"] for m in reversed(metrics) if "validation_loss" in m), None
         ),
         "metrics": metrics[-1] if metrics else None,
-        "checkpoints": list(dict.fromkeys(path.name for path in tiers.committed())),
+        "checkpoints": list(dict.fromkeys(path.name for path in run.tiers(job.checkpoint).committed())),
         "predictions": plan_data["predictions"],
         "measured": measured,
         "comparison": compare(plan_data["predictions"], measured),

@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.checkpoint import CheckpointStore
 from launcher.errors import LauncherError
 from launcher.output import print_line
 from launcher.run_dir import RunDir, lock
@@ -130,7 +129,7 @@ class _Supervisor:
         return decision.delay_s
 
     def _newest_checkpoint(self) -> str | None:
-        found = CheckpointStore(self.run.checkpoints, self.run.job().checkpoint).committed()
+        found = self.run.tiers(self.run.job().checkpoint).committed()
         return found[0].name if found else None
 
     def _log_failure(self, event: str, failure: Failure, ending: Ending) -> None:
