@@ -68,6 +68,7 @@ NO_RANDOMNESS = Process(
     device_peak_bytes=None,
     random=RandomState(get=dict, set=lambda state: None),
     is_abandoned=lambda: False,
+    beat=lambda phase, step: None,
 )
 
 
