@@ -16,6 +16,9 @@ from launcher.planner.problem import PlanRequest
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 
+MemoryRemedy = Literal["halve_micro_batch", "more_recompute", "shard_more", "offload", "replan"]
+LossRemedy = Literal["skip_batch", "halve_learning_rate"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
@@ -68,6 +71,18 @@ class SuperviseConfig:
         1800.0  # without a sign of life: start-up, the first step, evaluations, checkpoints
     )
     step_timeout_s: float = 600.0  # the same in the loop
+    # What may be changed when memory runs out, in this order; the global batch stays as it is.
+    on_out_of_memory: tuple[MemoryRemedy, ...] = ()
+    # What may be changed when the loss is no number or leaps, in this order.
+    on_bad_loss: tuple[LossRemedy, ...] = ()
+    spike_factor: float | None = (
+        None  # a loss above so many times the median of the last steps is bad; null: none is
+    )
+    # Command that says how this host is: exit code 0 and the number of sound devices in its last line. null: the
+    # GPUs that the driver shows. Asked before every start.
+    health_command: str | None = None
+    health_interval_s: float = 30.0  # between two questions, while devices are missing
+    elastic: bool = False  # while devices are missing train on fewer ranks; false: wait for them
 
     def __post_init__(self) -> None:
         for key, lowest in (
@@ -78,7 +93,11 @@ class SuperviseConfig:
         ):
             if getattr(self, key) < lowest:
                 raise ValueError(f"supervise.{key}={getattr(self, key)} must be at least {lowest}")
-        for key in ("init_timeout_s", "step_timeout_s"):
+        if self.spike_factor is not None and not self.spike_factor > 1:
+            raise ValueError(
+                f"supervise.spike_factor={self.spike_factor} must be above 1; null looks for no spikes"
+            )
+        for key in ("init_timeout_s", "step_timeout_s", "health_interval_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"supervise.{key}={getattr(self, key)} must be above 0 seconds")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 import launcher.planner.explain as explain
-from launcher import compose, environments, plan_command, planner, provenance, run_dir, torchrun
+from launcher import compose, environments, plan_command, planner, provenance, replan, run_dir, torchrun
 from launcher.config import Job
 from launcher.data.tokens import prepare
 from launcher.errors import ConfigError, RunDirError
@@ -23,16 +23,7 @@ from launcher.submit import local
 
 def rank(job: Job) -> planner.Ranking:
     """Plan a job: every candidate of the engines it may use."""
-    problem = planner.Problem(
-        model=job.model,
-        cluster=job.cluster,
-        training=job.training,
-        request=job.plan,
-        strategies=tuple(sorted(compose.strategies_of(job))),
-        engine=job.strategy.engine,
-        calibration=job.calibration,
-    )
-    return planner.achieve(job.goal, problem)
+    return planner.achieve(job.goal, replan.problem(job, compose.strategies_of(job)))
 
 
 def freeze(job: Job, output: Output, *, in_full: bool = True) -> RunDir:

@@ -1,6 +1,7 @@
-"""Another plan for a run that has begun: `resume RUN_DIR plan.tp=1`, checked against its newest good checkpoint.
+"""Another plan for a run that has begun, checked against its newest good checkpoint: by hand or as a remedy.
 
-The new plan is frozen in place of the old one, which stays beside it; everything else of the run is as it was.
+`resume RUN_DIR plan.tp=1` is the former, supervise/remedy.py does the latter. The new plan is frozen in place of
+the old one, which stays beside it; everything else of the run is as it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from launcher.checkpoint import LAYOUT, check_belongs
 from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError
-from launcher.planner import Ranking
+from launcher.planner import Problem, Ranking
 from launcher.planner.explain import to_json
 from launcher.planner.goals import Goal
 from launcher.run_dir import RunDir
@@ -40,13 +41,31 @@ def replan(
     lock = run_dir.lock(run)
     try:
         ranking = rank(job)
-        chosen = ranking.choose().plan
-        _check_checkpoint(run, job, chosen)
-        check(job, chosen)
-        run_dir.refreeze(run, job=job, plan=to_json(ranking))
-        run.log_event("replanned", words=list(words), before=encode(before), after=encode(chosen))
+        check(job, ranking.choose().plan)
+        adopt(run, job, ranking, words=words)
     finally:
         os.close(lock)
+
+
+def adopt(run: RunDir, job: Job, ranking: Ranking, *, words: Sequence[str], **why: Any) -> None:
+    """Freeze the choice of `ranking`, if the newest good checkpoint can be read under it; the run is locked."""
+    before, chosen = run.plan(), ranking.choose().plan
+    _check_checkpoint(run, job, chosen)
+    run_dir.refreeze(run, job=job, plan=to_json(ranking))
+    run.log_event("replanned", words=list(words), before=encode(before), after=encode(chosen), **why)
+
+
+def problem(job: Job, engines: Sequence[str]) -> Problem:
+    """Return what is to be planned for a job with these engines."""
+    return Problem(
+        model=job.model,
+        cluster=job.cluster,
+        training=job.training,
+        request=job.plan,
+        strategies=tuple(sorted(engines)),
+        engine=job.strategy.engine,
+        calibration=job.calibration,
+    )
 
 
 def with_words(job: Job, words: Sequence[str], *, plan: Plan) -> Job:

@@ -19,6 +19,8 @@ STATES = {
     "stopped": "stopped",
     "interrupted": "interrupted",
     "failed": "failed",
+    "restarting": "restarting",
+    "paused": "waiting for devices",
     "finished": "finished",
 }
 

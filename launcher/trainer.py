@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from launcher.data.tokens import Split, TokenDataset
 from launcher.errors import BadLossError
 from launcher.heartbeat import Phase
 from launcher.monitor.metrics import StepMetrics, flops_utilisation, read
+from launcher.monitor.spikes import SpikeRule
 from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.writers import Writer
 from launcher.run_dir import RunDir
@@ -62,6 +62,7 @@ class Trainer:
     _clock: goodput.Clock | None = None  # on rank 0, once training
 
     def __post_init__(self) -> None:
+        self._spikes = SpikeRule(self.job.supervise.spike_factor)
         self._saver = Saver(
             run=self.run,
             job=self.job,
@@ -88,6 +89,7 @@ class Trainer:
             if self.ranks.rank == 0:
                 self._clock = goodput.clock(list(self.run.events()), read(self.run.metrics_file))
             self._loop()
+            self.process.beat("saving", self.step)
             self._saver.settle(last=True)
         except BaseException:
             self._saver.leave()
@@ -124,15 +126,18 @@ class Trainer:
     def _one_step(self, loader: BatchLoader) -> StepMetrics:
         started = time.perf_counter()
         learning_rate = self.job.training.learning_rate_at(self.step)
+        while loader.consumed_samples in self.job.data.skip_samples:
+            loader.next()
         batches = loader.next()
         # Behind the reading: a rank that waits for its data is one beat behind those that wait for it.
         self.process.beat("stepping" if self._step_times else "warming", self.step)
         result = self.strategy.train_step(batches, learning_rate=learning_rate)
         seconds = time.perf_counter() - started
         self.step += 1
-        if not (math.isfinite(result.loss) or result.skipped):
+        fault = None if result.skipped else self._spikes.fault(result.loss)
+        if fault is not None:
             raise BadLossError(
-                f"the loss of step {self.step} is {result.loss}; the last checkpoint is kept, "
+                f"the loss of step {self.step} {fault}; the last checkpoint is kept, "
                 f"lower training.learning_rate={self.job.training.learning_rate} or look at the data"
             )
         self.consumed_samples = loader.consumed_samples

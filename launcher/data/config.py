@@ -23,6 +23,8 @@ class DataConfig:
     shuffle: bool = True  # a new order of sequences in every epoch
     num_workers: int = 0  # threads that read coming steps ahead of time
     max_bytes: int | None = None  # stop reading documents after this much text; null: read all
+    # Global batches that are passed over, each by the number of its first sample (consumed_samples before it).
+    skip_samples: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.source == "stdlib" and self.paths:

@@ -67,11 +67,23 @@ def decide(policy: SuperviseConfig, attempts: Sequence[Attempt]) -> Decision:
     return Decision(again=True, delay_s=min(delay, policy.backoff_max_s))
 
 
-def _fruitless(attempts: Sequence[Attempt]) -> int:
-    """Count the starts at the end that led nowhere and were followed by the same once more."""
+def failed_alike(attempts: Sequence[Attempt], cause: Cause) -> int:
+    """Count the starts at the end that failed for `cause` one after the other, none further than the first."""
     count = 0
     for attempt in reversed(attempts):
-        if attempt.progressed or attempt.remedied:
+        if attempt.cause != cause:
+            break
+        count += 1
+        if attempt.progressed:
+            break
+    return count
+
+
+def _fruitless(attempts: Sequence[Attempt]) -> int:
+    """Count the starts at the end that led nowhere; a smaller plan may fail a few times before one fits."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.progressed or (attempt.remedied and attempt.cause == "out_of_memory"):
             break
         count += 1
     return count

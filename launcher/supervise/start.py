@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,13 @@ class Ending:
 
 
 def start(
-    run: RunDir, requests: StopRequests, *, quiet_stdout: bool, export: Path | None, lock: int
+    run: RunDir,
+    requests: StopRequests,
+    *,
+    quiet_stdout: bool,
+    export: Path | None,
+    lock: int,
+    on_look: Callable[[], None],  # called while we wait
 ) -> Ending:
     """Start the workers, to train or to export, and wait for their end; a hang is ended by us."""
     _forget_last_start(run)
@@ -60,7 +67,7 @@ def start(
             pass_fds=(lock,),
         )
         watch = Watch(run.heartbeats, job.supervise, world_size=world_size, now=time.monotonic())
-        hang = _wait(run, requests.process, watch)
+        hang = _wait(run, requests.process, watch, on_look)
         code = requests.process.wait()
     requests.process = None
     if code != 0:
@@ -87,7 +94,9 @@ def _command(run: RunDir, *, export: Path | None) -> tuple[list[str], dict[str, 
     return command, {**environment, local.LAUNCHER_PID: str(os.getpid())}
 
 
-def _wait(run: RunDir, process: subprocess.Popen[bytes], watch: Watch) -> Hang | None:
+def _wait(
+    run: RunDir, process: subprocess.Popen[bytes], watch: Watch, on_look: Callable[[], None]
+) -> Hang | None:
     """Wait for the end; where ranks stand still, have it told by them and end it."""
     while True:
         try:
@@ -95,6 +104,7 @@ def _wait(run: RunDir, process: subprocess.Popen[bytes], watch: Watch) -> Hang |
             return None
         except subprocess.TimeoutExpired:
             stall = watch.look(time.monotonic())
+        on_look()
         if stall is not None:
             halted = processes.stopped(stall.beats)
             processes.dump_flight_recorder(run, [beat.rank for beat in stall.beats])
@@ -105,7 +115,6 @@ def _wait(run: RunDir, process: subprocess.Popen[bytes], watch: Watch) -> Hang |
 
 
 def _forget_last_start(run: RunDir) -> None:
-    run.stop_file.unlink(missing_ok=True)
     heartbeat.clear(run.heartbeats)
     for path in run.errors.glob("rank_*"):
         path.unlink()

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from launcher.errors import HUNG_UP, INTERRUPTED, TERMINATED
+from launcher.errors import FINISHED, HUNG_UP, INTERRUPTED, TERMINATED
 from launcher.run_dir import RunDir
 
 EXIT_CODES = {signal.SIGHUP: HUNG_UP, signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
@@ -45,9 +45,8 @@ class StopRequests:
 
     @property
     def exit_code(self) -> int:
-        """What the launcher leaves with after a request."""
-        assert self.received is not None
-        return EXIT_CODES[self.received]
+        """What the launcher leaves with after a request; for the stop file that is 0."""
+        return FINISHED if self.received is None else EXIT_CODES[self.received]
 
     def asked(self) -> bool:
         """Tell whether anybody wants this run to end: by a signal, or by the stop file."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import LauncherError
 from launcher.output import print_line
 from launcher.run_dir import RunDir, lock
-from launcher.supervise import memory
+from launcher.supervise import memory, remedy
+from launcher.supervise.devices import Devices
 from launcher.supervise.failure import Failure, explain
-from launcher.supervise.policy import Attempt, decide
+from launcher.supervise.ladder import Change
+from launcher.supervise.policy import Attempt, decide, failed_alike
 from launcher.supervise.start import Ending, start
 from launcher.supervise.stop_requests import StopRequests, handling
 from launcher.supervise.watch import step_reached
@@ -26,6 +29,7 @@ def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) 
     requests = StopRequests(run=run, exporting=export is not None)
     descriptor = lock(run)
     try:
+        run.stop_file.unlink(missing_ok=True)  # of an earlier day; from now on it is meant for us
         with handling(requests):
             supervisor = _Supervisor(run=run, requests=requests, quiet_stdout=quiet_stdout, lock=descriptor)
             return supervisor.train() if export is None else supervisor.export(export)
@@ -46,7 +50,7 @@ class _Supervisor:
 
     def export(self, folder: Path) -> int:
         """Start the workers once to write the weights; what they die of is the answer."""
-        ending, failure = self._start(export=folder)
+        ending, failure = self._start(export=folder, on_look=lambda: None)
         if self.requests.received is not None:
             return self.requests.exit_code
         if failure is None:
@@ -56,57 +60,70 @@ class _Supervisor:
 
     def train(self) -> int:
         """Start the workers until they end well, or until another start is of no use."""
+        devices = Devices(run=self.run, requests=self.requests)
         while True:
+            if not devices.prepare():
+                return self._interrupted()
             checkpoint = self._newest_checkpoint()
-            ending, failure = self._start(export=None)
-            if self._stopped_on_request(failure):
+            ending, failure = self._start(export=None, on_look=devices.look)
+            if self._ends_on_request(failure):
                 return self._interrupted()
-            if failure is None:
+            if failure is not None:
+                self._log_failure("failed", failure, ending)
+                self._take_in(failure, ending, checkpoint)
+            elif not devices.are_back or self._is_finished():
                 return 0
-            self._log_failure("failed", failure, ending)
-            self._remember(failure, ending, checkpoint)
-            delay = self._next_start(failure)
-            self.requests.sleep(delay)
-            if self.requests.received is not None:
-                return self._interrupted()
-            if self.requests.asked():
-                raise failure.error
 
-    def _start(self, *, export: Path | None) -> tuple[Ending, Failure | None]:
+    def _start(self, *, export: Path | None, on_look: Callable[[], None]) -> tuple[Ending, Failure | None]:
         kills = memory.kills()
-        ending = start(self.run, self.requests, quiet_stdout=self.quiet_stdout, export=export, lock=self.lock)
+        ending = start(
+            self.run,
+            self.requests,
+            quiet_stdout=self.quiet_stdout,
+            export=export,
+            lock=self.lock,
+            on_look=on_look,
+        )
         if ending.code == 0:
             return ending, None
         return ending, explain(self.run, ending, out_of_memory_kills=memory.kills() - kills)
 
-    def _stopped_on_request(self, failure: Failure | None) -> bool:
-        finished = next((e["event"] for e in reversed(list(self.run.events()))), None) == "finished"
+    def _ends_on_request(self, failure: Failure | None) -> bool:
         # One request that ends in a fault is a fault: the checkpoint it promised may be missing.
-        return (
-            self.requests.received is not None
-            and not finished
-            and (failure is None or self.requests.count > 1)
-        )
+        asked = self.requests.received is not None and (failure is None or self.requests.count > 1)
+        return asked and not self._is_finished()
+
+    def _is_finished(self) -> bool:
+        return next((e["event"] for e in reversed(list(self.run.events()))), None) == "finished"
 
     def _interrupted(self) -> int:
-        assert self.requests.received is not None
+        received = self.requests.received
         self.run.stop_file.unlink(missing_ok=True)
-        self.run.log_event("interrupted", signal=self.requests.received.name)
+        self.run.log_event("interrupted", signal=None if received is None else received.name)
         return self.requests.exit_code
 
-    def _remember(self, failure: Failure, ending: Ending, checkpoint: str | None) -> None:
+    def _take_in(self, failure: Failure, ending: Ending, checkpoint: str | None) -> None:
+        """Remedy the failure where that is allowed, and wait for the next start; raise where there is none."""
         reached = step_reached(ending.beats)
-        # Another launcher may have come further before; then its checkpoint is what this one began with.
         progressed = reached > self.furthest or self._newest_checkpoint() != checkpoint
         self.furthest = max(self.furthest, reached)
-        self.attempts.append(Attempt(cause=failure.cause, progressed=progressed))
+        if self.requests.asked():
+            raise failure.error  # also where a start would help: this run is to end
+        change = remedy.after_failure(
+            self.run,
+            failure,
+            step=reached,
+            failed_before=0 if progressed else failed_alike(self.attempts, failure.cause),
+        )
+        self.attempts.append(Attempt(cause=failure.cause, progressed=progressed, remedied=change is not None))
+        self.requests.sleep(self._next_start(failure, change))
+        if self.requests.received is None and self.requests.asked():
+            raise failure.error
 
-    def _next_start(self, failure: Failure) -> float:
+    def _next_start(self, failure: Failure, change: Change | None) -> float:
         """Return the seconds until the next start, and tell about it; raise where there is none."""
         policy = self.run.job().supervise
         decision = decide(policy, self.attempts)
-        if self.requests.asked():
-            raise failure.error  # also where a start would help: this run is to end
         if not decision.again:
             raise _final(failure.error, self.run, decision.why)
         checkpoint = self._newest_checkpoint()
@@ -117,12 +134,14 @@ class _Supervisor:
             host=failure.host,
             step=self.furthest,
             checkpoint=checkpoint,
+            remedy=None if change is None else change.step,
             delay_s=decision.delay_s,
             number=len(self.attempts),
         )
+        what = f" with {' '.join(change.words) or 'another plan'}" if change is not None else ""
         when = f" in {decision.delay_s:g} s" if decision.delay_s else ""
         print_line(
-            f"meshwright: {failure.error}; starting again{when} from {checkpoint or 'the beginning'} "
+            f"meshwright: {failure.error}; starting again{when}{what} from {checkpoint or 'the beginning'} "
             f"(restart {len(self.attempts)} of {policy.max_restarts})",
             sys.stderr,
         )
