@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -50,6 +51,7 @@ from strategies.spec import Plan
 logger = logging.getLogger(__name__)
 FROM_RANK0 = "--from-rank0"
 SHARE = "--share"
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't|not enough)|CUDA error: out of memory|Cannot allocate memory")
 
 
 def main(arguments: list[str]) -> int:
@@ -219,7 +221,7 @@ def _report(run: RunDir, *, rank: int, error: BaseException) -> int:
 
 
 def _name(error: BaseException) -> BaseException:
-    if isinstance(error, MemoryError | torch_side.device_error()):
+    if _is_out_of_memory(error):
         first = str(error).splitlines()[0] if str(error) else "host memory is exhausted"
         return DeviceMemoryError(
             f"out of memory: {first}; use a smaller plan.micro_batch_size, plan.recompute=full "
@@ -228,6 +230,13 @@ def _name(error: BaseException) -> BaseException:
     if isinstance(error, ImportError):
         return EngineError(f"a package that this strategy needs cannot be imported: {error}")
     return error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # PyTorch's allocator for processors, and CUDA outside of PyTorch's allocator, raise plain RuntimeErrors.
+    return isinstance(error, MemoryError | torch_side.device_error()) or (
+        isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+    )
 
 
 def _first_user_frame(error: BaseException) -> str | None:

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import errors
+from launcher.heartbeat import Beat
+from launcher.run_dir import RunDir
+from launcher.supervise.failure import Failure, explain
+from launcher.supervise.start import Ending, Hang
+from launcher.supervise.watch import Culprit, Stall
+
+KILLED = "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 77)\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(path=tmp_path)
+    made.logs.mkdir()
+    made.errors.mkdir()
+    (made.logs / "stderr.log").write_text("")
+    return made
+
+
+def died(run: RunDir, **fields: Any) -> None:
+    record = {
+        "time": 1.0,
+        "rank": 0,
+        "host": "h",
+        "type": "ValueError",
+        "message": "boom",
+        "exit_code": 1,
+        "frame": "train.py:3",
+        "traceback": "t.txt",
+    } | fields
+    (run.errors / f"rank_{record['rank']:05d}.json").write_text(json.dumps(record))
+
+
+def explained(
+    run: RunDir, *, code: int = 1, world_size: int = 2, stderr_from: int = 0, **more: Any
+) -> Failure:
+    ending = Ending(code=code, world_size=world_size, stderr_from=stderr_from, beats=())
+    return explain(run, ending, **more)
+
+
+def test_a_foreign_exception_names_rank_host_frame_and_traceback(run: RunDir) -> None:
+    died(run, rank=1)
+    found = explained(run)
+    assert type(found.error) is errors.TrainingError
+    assert str(found.error) == "rank 1 on h failed at train.py:3: ValueError: boom; full traceback in t.txt"
+    assert (found.rank, found.host, found.frame) == (1, "h", "train.py:3")
+
+
+@pytest.mark.parametrize(
+    ("fields", "cause", "kind"),
+    [
+        ({"type": "KeyError"}, "user_error", errors.TrainingError),
+        ({"type": "NotImplementedError"}, "user_error", errors.TrainingError),
+        ({"type": "RuntimeError", "message": "CUDA error: ECC"}, "unknown", errors.TrainingError),
+        ({"type": "SomebodysError"}, "unknown", errors.TrainingError),
+        (
+            {"type": "OSError", "message": "[Errno 28] No space left on device"},
+            "storage_full",
+            errors.TrainingError,
+        ),
+        ({"type": "DataError", "exit_code": 4}, "user_error", errors.DataError),
+        ({"type": "PlanError", "exit_code": 3}, "plan_impossible", errors.PlanError),
+        ({"type": "EngineError", "exit_code": 7}, "user_error", errors.EngineError),
+        ({"type": "CheckpointError", "exit_code": 6}, "corrupt_checkpoint", errors.CheckpointError),
+        (
+            {"type": "CheckpointError", "exit_code": 6, "message": "could not be written: File too large"},
+            "storage_full",
+            errors.CheckpointError,
+        ),
+        ({"type": "BadLossError", "exit_code": 14}, "bad_loss", errors.BadLossError),
+        ({"type": "DeviceMemoryError", "exit_code": 10}, "out_of_memory", errors.DeviceMemoryError),
+        (
+            {
+                "type": "DistBackendError",
+                "message": "Watchdog caught collective operation timeout: ALLREDUCE",
+            },
+            "collective_timeout",
+            errors.HungError,
+        ),
+        ({"type": "RuntimeError", "message": "Connection reset by peer"}, "lost_rank", errors.LostRankError),
+    ],
+)
+def test_each_end_has_its_cause_and_its_exit_code(
+    run: RunDir, fields: dict[str, Any], cause: str, kind: type[errors.LauncherError]
+) -> None:
+    died(run, **fields)
+    found = explained(run)
+    assert (found.cause, type(found.error)) == (cause, kind)
+
+
+def test_our_own_sentence_stays_as_it_is(run: RunDir) -> None:
+    died(run, exit_code=6, type="CheckpointError", message="none is good")
+    assert str(explained(run).error) == "none is good"
+
+
+def test_a_lost_connection_is_a_consequence_not_the_cause(run: RunDir) -> None:
+    died(run, rank=0, time=1.0, message="Connection closed by peer [127.0.0.1]")
+    died(run, rank=1, time=2.0, message="the real reason")
+    assert "the real reason" in str(explained(run).error)
+
+
+def test_a_message_that_merely_mentions_a_peer_is_a_cause(run: RunDir) -> None:
+    died(run, rank=0, time=1.0, message="peer review of the data failed")
+    died(run, rank=1, time=2.0, type="DistBackendError", message="NCCL error")
+    assert "peer review" in str(explained(run).error)
+
+
+def test_a_signal_is_read_from_the_summary(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(
+        f"[1]:\n  time      : now\n  host      : h\n{KILLED}  error_file: <N/A>\n"
+    )
+    found = explained(run)
+    assert (found.cause, found.rank, found.host) == ("lost_rank", 1, socket.gethostname())
+    assert type(found.error) is errors.LostRankError
+    assert "was killed by SIGKILL" in str(found.error)
+
+
+def test_a_kill_is_for_memory_where_the_kernel_says_so(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(KILLED)
+    found = explained(run, out_of_memory_kills=1)
+    assert (found.cause, found.rank) == ("out_of_memory", 1)
+    assert type(found.error) is errors.DeviceMemoryError
+
+
+def test_the_root_cause_is_read_not_what_it_caused(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(
+        "Other Failures:\n  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 76)\n"
+        f"Root Cause (first observed failure):\n{KILLED}"
+    )
+    assert explained(run).rank == 1
+
+
+def test_a_killed_rank_explains_the_connections_it_broke(run: RunDir) -> None:
+    died(run, rank=0, message="Read error [127.0.0.1]:43159: Connection reset by peer.")
+    (run.logs / "stderr.log").write_text(f"Root Cause (first observed failure):\n{KILLED}")
+    assert explained(run).rank == 1
+
+
+def test_the_killed_rank_is_found_when_its_victim_was_noticed_first(run: RunDir) -> None:
+    died(run, rank=0, message="Connection closed by peer [127.0.0.1]:21918.")
+    (run.logs / "stderr.log").write_text(
+        f"Failures:\n{KILLED}  rank      : 2 (local_rank: 2)\n  exitcode  : -15 (pid: 78)\n"
+        "Root Cause (first observed failure):\n  rank      : 0 (local_rank: 0)\n  exitcode  : 9 (pid: 76)\n"
+    )
+    assert explained(run).rank == 1
+
+
+def test_a_killed_torchrun_is_no_rank(run: RunDir) -> None:
+    found = explained(run, code=-9)
+    assert (found.cause, found.rank) == ("lost_rank", None)
+    assert "torchrun on" in str(found.error)
+    assert explained(run, code=-9, world_size=1).rank == 0  # here the worker is all there is
+
+
+def test_an_error_file_that_a_full_disk_left_empty_is_passed_over(run: RunDir) -> None:
+    (run.errors / "rank_00000.json").write_text("")
+    died(run, rank=1, message="the reason")
+    assert "the reason" in str(explained(run).error)
+
+
+def test_a_full_disk_is_named_when_nobody_could_write_why(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(run.path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    found = explained(run)
+    assert (found.cause, type(found.error)) == ("storage_full", errors.RunDirError)
+
+
+def test_only_the_last_start_is_read(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(KILLED)
+    found = explained(run, code=3, stderr_from=len(KILLED))
+    assert found.cause == "unknown"
+    assert "exit code 3" in str(found.error)
+
+
+def test_a_hang_names_who_holds_up_the_run_and_where_the_stacks_are(run: RunDir) -> None:
+    beat = Beat(rank=1, host="far", pid=7, phase="stepping", step=4, count=9)
+    stall = Stall(silent_s=10.4, limit_s=10, key="supervise.step_timeout_s", beats=(beat,), unreported=())
+    hang = Hang(stall=stall, culprit=Culprit(rank=1, why="its process is stopped"))
+    found = explain(run, Ending(code=-9, world_size=2, stderr_from=0, beats=(beat,), hang=hang))
+    assert (found.cause, found.rank, found.host) == ("hang", 1, "far")
+    assert str(found.error) == (
+        "rank 1 on far holds up the run: its process is stopped; no sign of life for 10.4 s "
+        f"(supervise.step_timeout_s=10), the stacks of all ranks are in {run.logs}"
+    )

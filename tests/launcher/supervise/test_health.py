@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config import Job, SuperviseConfig
+from launcher.errors import ConfigError
+from launcher.supervise import health
+
+
+@pytest.fixture
+def asking(small_job: Job, tmp_path: Path) -> Callable[[str], Job]:
+    """A job of two devices with a health command that runs this code."""
+
+    def build(code: str) -> Job:
+        script = tmp_path / "health.py"
+        script.write_text(code)
+        return replace(small_job, supervise=SuperviseConfig(health_command=f"{sys.executable} {script}"))
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("print('looking around'); print(1)", 1),
+        ("print('all is well')", 2),
+        ("", 2),
+        ("print(2); raise SystemExit(3)", 0),
+    ],
+)
+def test_the_command_says_how_many_devices_are_sound(asking: Any, code: str, found: int) -> None:
+    assert health.devices(asking(code)) == found
+
+
+def test_a_command_that_is_none_is_a_fault_of_the_configuration(small_job: Job) -> None:
+    job = replace(small_job, supervise=SuperviseConfig(health_command="/no/such/program --fast"))
+    with pytest.raises(ConfigError, match=r"supervise\.health_command=/no/such/program --fast cannot be run"):
+        health.devices(job)
+
+
+def test_a_command_that_never_answers_speaks_for_no_device(
+    asking: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, "_PATIENCE_S", 0.2)
+    assert health.devices(asking("import time; time.sleep(600)")) == 0
+
+
+def test_processors_are_always_there(small_job: Job) -> None:
+    assert health.devices(small_job) is None

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from launcher.run_dir import RunDir
+from launcher.supervise.stop_requests import StopRequests, handling
+
+
+def test_the_first_request_is_a_file_and_the_second_a_signal(tmp_path: Path) -> None:
+    run = RunDir(path=tmp_path)
+    requests = StopRequests(run=run)
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    ) as child:
+        requests.process = child
+        requests(signal.SIGINT, None)
+        assert run.stop_file.exists()
+        assert child.poll() is None
+        requests(signal.SIGTERM, None)
+        assert child.wait(timeout=60) == -signal.SIGTERM
+    assert requests.exit_code == 130  # of the first one
+
+
+def test_an_export_is_ended_at_once(tmp_path: Path) -> None:
+    run = RunDir(path=tmp_path)
+    requests = StopRequests(run=run, exporting=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    ) as child:
+        requests.process = child
+        requests(signal.SIGTERM, None)
+        assert child.wait(timeout=60) == -signal.SIGTERM
+    assert not run.stop_file.exists()
+
+
+def test_a_wait_ends_with_a_request(tmp_path: Path) -> None:
+    run = RunDir(path=tmp_path)
+    requests = StopRequests(run=run)
+    requests.sleep(0.01)
+    assert not requests.asked()
+    threading.Timer(0.2, run.stop_file.touch).start()
+    started = time.monotonic()
+    requests.sleep(600)
+    assert time.monotonic() - started < 300
+    assert requests.asked()
+    assert requests.exit_code == 0
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    requests = StopRequests(run=RunDir(path=tmp_path))
+    with handling(requests):
+        assert signal.getsignal(signal.SIGTERM) is requests
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert requests.exit_code == 129
