@@ -266,9 +266,7 @@ def test_what_has_to_be_repeated_is_told(make: Callable[..., Saver]) -> None:
     assert named(again, "resumed")[0]["tier"] == "shared"
 
 
-def test_a_newer_checkpoint_on_the_fast_tier_is_taken(
-    make: Callable[..., Saver], tmp_path: Path
-) -> None:
+def test_a_newer_checkpoint_on_the_fast_tier_is_taken(make: Callable[..., Saver], tmp_path: Path) -> None:
     saver = make(fast_dir=str(tmp_path / "fast"), keep_last=5)
     saver.save(at(1), last=False)
     saver.save(at(2), last=True)

@@ -13,10 +13,10 @@ import pytest
 
 from launcher.checkpoint import CheckpointPolicy
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
-from launcher.config import ChecksConfig, EvaluationConfig, Job, StrategyConfig, SubmitConfig
+from launcher.config import ChecksConfig, EvaluationConfig, Job, StrategyConfig, SubmitConfig, SuperviseConfig
 from launcher.data.config import DataConfig
 from launcher.data.tokens import TokenDataset, prepare
-from launcher.errors import CheckpointError, TrainingError
+from launcher.errors import BadLossError, CheckpointError
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics
 from launcher.planner.search import PlanRequest
@@ -253,13 +253,69 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_checkpoints(
     make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make()
+    spoil(trainer, monkeypatch, loss=float("nan"))
+    with pytest.raises(BadLossError, match="loss of step 6 is nan"):
+        trainer.train()
+    assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000004"]
+
+
+def test_a_loss_that_leaps_stops_as_well_where_a_rule_says_so(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tolerant = make()
+    spoil(tolerant, monkeypatch, loss=100.0)
+    assert tolerant.train() == "finished"
+    trainer = make(supervise=SuperviseConfig(spike_factor=3.0))
+    spoil(trainer, monkeypatch, loss=100.0)
+    with pytest.raises(BadLossError, match=r"step 6 is 100\.0000, more than supervise\.spike_factor=3 times"):
+        trainer.train()
+
+
+def spoil(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, loss: float) -> None:
+    """Let step 6 report this loss."""
     whole = trainer.strategy.train_step
 
     def spoiled(batches: Any, *, learning_rate: float) -> StepResult:
         result = whole(batches, learning_rate=learning_rate)
-        return replace(result, loss=float("nan")) if trainer.step == 5 else result
+        return replace(result, loss=loss) if trainer.step == 5 else result
 
     monkeypatch.setattr(trainer.strategy, "train_step", spoiled)
-    with pytest.raises(TrainingError, match="loss of step 6 is nan"):
-        trainer.train()
-    assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000004"]
+
+
+def test_batches_that_are_passed_over_are_counted_and_not_trained_on(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, consumed = read_by(make(), monkeypatch)
+    assert consumed == list(range(8, 81, 8))
+    some, consumed = read_by(make(data=DataConfig(source="stdlib", skip_samples=(16, 24, 56))), monkeypatch)
+    assert consumed == [8, 16, 40, 48, 56, *range(72, 105, 8)]
+    # The rest comes in its order: the third batch of the one is the fifth of the other.
+    assert some[:2] == every[:2]
+    assert some[2:5] == every[4:7]
+    assert some[5:7] == every[8:10]
+
+
+def read_by(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> tuple[list[bytes], list[int]]:
+    """What each step was trained on, and the samples consumed after it."""
+    trained: list[bytes] = []
+    whole = trainer.strategy.train_step
+
+    def step(batches: Any, *, learning_rate: float) -> StepResult:
+        trained.append(b"".join(batch.tobytes() for batch in batches))
+        return whole(batches, learning_rate=learning_rate)
+
+    monkeypatch.setattr(trainer.strategy, "train_step", step)
+    trainer.train()
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    return trained, [metrics.consumed_samples for metrics in sink.steps]
+
+
+def test_a_rank_tells_what_it_begins(make: Callable[..., Trainer]) -> None:
+    beats: list[tuple[str, int]] = []
+    trainer = make()
+    trainer.process = replace(NO_RANDOMNESS, beat=lambda phase, step: beats.append((phase, step)))
+    trainer.train()
+    assert beats[:4] == [("warming", 0), *(("stepping", step) for step in (1, 2, 3))]
+    assert beats[4:8] == [("saving", 4), ("stepping", 4), ("evaluating", 5), ("stepping", 5)]
+    assert beats[-1] == ("saving", 10)

@@ -68,3 +68,10 @@ def test_another_module_may_be_started_the_same_way() -> None:
     one = local.argv(run_dir=Path("x"), num_processes=1, port=None, module="launcher.probe_worker")
     two = local.argv(run_dir=Path("x"), num_processes=2, port=None, module="launcher.probe_worker")
     assert one[1:] == two[-3:] == ["-m", "launcher.probe_worker", "x"]
+
+
+def test_the_flight_recorder_writes_beside_the_logs() -> None:
+    made = local.flight_recorder(Path("/r/logs"))
+    assert made["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert int(made["TORCH_NCCL_TRACE_BUFFER_SIZE"]) > 0
+    assert made["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] == "/r/logs/nccl_pipe_rank_"

@@ -36,7 +36,8 @@ def test_a_good_end_is_code_0(frozen: Callable[..., RunDir], worker: Stand) -> N
 def test_what_an_earlier_start_left_is_forgotten(frozen: Callable[..., RunDir], worker: Stand) -> None:
     run = frozen()
     worker(
-        "write_error(run, rank=0, host='h', error=ValueError('x'), frame=None, trace='t')\nHeart(run.heartbeats, rank=1)"
+        "write_error(run, rank=0, host='h', error=ValueError('x'), frame=None, trace='t')\n"
+        "Heart(run.heartbeats, rank=1)"
     )
     started(run)
     worker("print('fine', file=sys.stderr)")
