@@ -40,7 +40,12 @@ ENGINES = {
 # 94 million parameters: 1.05 GiB of fp32 weights and moments. Steps are short, so that a save is met by many.
 LARGE = (
     *("model=debug_tiny", "model.num_layers=13", "model.hidden_size=768", "model.ffn_hidden_size=2048"),
-    *("model.num_attention_heads=12", "model.num_kv_heads=12", "training.precision=fp32", "plan.recompute=none"),
+    *(
+        "model.num_attention_heads=12",
+        "model.num_kv_heads=12",
+        "training.precision=fp32",
+        "plan.recompute=none",
+    ),
     *("training.sequence_length=16", "plan.micro_batch_size=1", "plan.num_microbatches=1"),
     *("monitor=none", "data.max_bytes=300000", "evaluation.num_sequences=2", "checkpoint.keep_last=1"),
 )
@@ -118,7 +123,7 @@ def _be_rank(path: Path, *, rounds: int) -> int:
 
 def _round(trainer: Trainer, loader: BatchLoader) -> dict[str, float]:
     """Save and wait; save beside the training and step until it is done. Seconds of the slowest rank."""
-    alone = [_step(trainer, loader).step_time_s for _ in range(3)]
+    alone = [_step(trainer, loader).step_time_s for _ in range(2)]
     waited_s = _save(trainer, last=True)
     _step(trainer, loader)
     stall_s = _save(trainer, last=False)

@@ -88,7 +88,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shell() -> Callable[..., Outcome]:
     """Run `python -m launcher` as a process of its own."""
 

@@ -85,7 +85,9 @@ def failure(step: int, tiers: Tiers, error: BaseException) -> CheckpointError:
     """One sentence for whatever an engine or a disk said."""
     if isinstance(error, CheckpointError):
         return error
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # torch's CheckpointException carries the tracebacks of other ranks; the reason is what they end with.
+    reason = lines[-1] if any("Traceback" in line for line in lines) else lines[0]
     return CheckpointError(
         f"checkpoint of step {step} could not be written under {tiers.first.root}: {reason}; "
         "free space or make it writable, then resume from the one before"

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher.run_dir import RunDir
+
 ENDLESS = (
     *("strategy=fake", "monitor=none", "cluster.gpus_per_node=1", "data.max_bytes=200000"),
     *("training.sequence_length=32", "training.global_batch_size=8", "training.num_steps=1000000"),
@@ -156,3 +158,42 @@ def test_a_full_disk_is_named_and_keeps_the_older_checkpoint(tmp_path: Path, rep
     assert "checkpoint of step 4 could not be written" in done.stderr.strip().splitlines()[-1]
     assert [path.parent.name for path in manifests(run)] == ["step_0000000002"]
     assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_a_run_told_to_continue_trains_through_a_full_disk(tmp_path: Path) -> None:
+    """Writes fail for a while, under way and beside the training; the checkpoint before stays, a later one comes."""
+    run = tmp_path / "run"
+    words = [
+        "monitor=none",
+        "cluster.gpus_per_node=1",
+        "data.max_bytes=200000",
+        "training.sequence_length=32",
+    ]
+    words += ["training.global_batch_size=8", "training.num_steps=1000000", f"run_dir={run}"]
+    words += ["checkpoint.interval=4", "checkpoint.on_failed_save=continue"]
+    command = [sys.executable, "-m", "launcher", "train", *words]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: bool(manifests(run)))
+        (worker,) = workers(run)
+        worker.rlimit(psutil.RLIMIT_FSIZE, (500_000, psutil.RLIM_INFINITY))
+        wait_for(lambda: len(named(run, "checkpoint_failed")) >= 2)
+        kept = newest_good(run)
+        assert kept < named(run, "checkpoint_failed")[-1]["step"]
+        worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+        wait_for(lambda: newest_good(run) > kept)
+        (run / "stop").touch()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert newest_good(run) == named(run, "stopped")[0]["step"]
+    assert "could not be written" in (run / "logs" / "rank_00000.log").read_text()
+
+
+def named(run: Path, event: str) -> list[dict[str, Any]]:
+    return [each for each in RunDir(path=run).events() if each["event"] == event]
+
+
+def newest_good(run: Path) -> int:
+    opened = RunDir(path=run)
+    found = opened.tiers(opened.job().checkpoint).latest_good(lambda sentence: None)
+    assert found is not None
+    return found[1].step

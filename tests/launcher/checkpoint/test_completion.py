@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.checkpoint import CheckpointStore, Manifest, Tiers
-from launcher.checkpoint.completion import Completion, assigned
+from launcher.checkpoint.completion import Completion, assigned, failure
 from launcher.errors import CheckpointError
 
 
@@ -95,3 +95,12 @@ def test_files_are_dealt_out_to_those_who_see_them() -> None:
     assert sorted(mine[0] + mine[1]) == ["a", "b", "c", "d", "e"]
     assert "e" in mine[1]
     assert mine[0] and not set(mine[0]) & set(mine[1])
+
+
+def test_the_reason_is_what_tracebacks_of_other_ranks_end_with(tmp_path: Path) -> None:
+    tiers = Tiers(shared=CheckpointStore(tmp_path, keep_last=2))
+    text = "CheckpointException ranks:dict_keys([0])\nTraceback (most recent call last):\n  x\nOSError: [Errno 27] File too large\n"
+    assert "checkpoints: OSError" not in str(failure(3, tiers, RuntimeError("first\nsecond")))
+    assert ": first;" in str(failure(3, tiers, RuntimeError("first\nsecond")))
+    assert "OSError: [Errno 27] File too large;" in str(failure(3, tiers, RuntimeError(text)))
+    assert ": KeyError;" in str(failure(3, tiers, KeyError()))
