@@ -8,7 +8,11 @@ from launcher.errors import CheckpointError
 
 def test_work_runs_beside_and_is_waited_for() -> None:
     background, may_end = Background(), threading.Event()
-    background.start(lambda: [may_end.wait(60)] and None)
+
+    def work() -> None:
+        may_end.wait(60)
+
+    background.start(work)
     assert background.is_busy
     assert background.wait(timeout_s=0.01) is None
     assert background.is_busy
