@@ -27,14 +27,14 @@ ENGINES = {
     "deepspeed": ("strategy=deepspeed", "plan.zero_stage=1"),
     "megatron": ("strategy=megatron", "plan.tp=2"),
 }
-NUM_STEPS, INTERVAL = 60, 5
+NUM_STEPS, INTERVAL = 48, 5
 SMALL = (
     *("monitor=none", "cluster.gpus_per_node=2", "data.max_bytes=300000", "model.num_layers=2"),
     *("training.sequence_length=64", "training.global_batch_size=8", f"training.num_steps={NUM_STEPS}"),
     *("training.precision=fp32", "training.deterministic=true", "evaluation.num_sequences=8"),
-    *(f"checkpoint.interval={INTERVAL}", "supervise.step_timeout_s=5", "supervise.backoff_s=1"),
+    *(f"checkpoint.interval={INTERVAL}", "supervise.step_timeout_s=20", "supervise.backoff_s=1"),
 )
-MOST_A_RUN = 4
+MOST_A_RUN = 6
 RESTART_S = 10.0  # about as long as a start takes on two cores; kills inside a start are drawn from it
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     print(json.dumps({key: value for key, value in figures.items() if key != "rows"}, indent=2))
     if options.record:
         done = record.create("recovery", arguments=arguments, figures=figures)
-        print(f"recorded {record.write(done, name='recovery').name}")
+        print(f"recorded {record.write(done, name='-'.join(['recovery', *options.engines])).name}")
 
 
 def _kills(number: int, index: int, engines: int) -> list[Kind]:

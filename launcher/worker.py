@@ -51,7 +51,9 @@ from strategies.spec import Plan
 logger = logging.getLogger(__name__)
 FROM_RANK0 = "--from-rank0"
 SHARE = "--share"
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (can't|not enough)|CUDA error: out of memory|Cannot allocate memory")
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't|not enough)|CUDA error: out of memory|Cannot allocate memory"
+)
 
 
 def main(arguments: list[str]) -> int:

@@ -36,7 +36,10 @@ _LOST_PEER = re.compile(
     r"Connection (reset|closed) by peer|connectFullMesh|Broken pipe|remote process exited|NCCL remote error"
 )
 _TIMED_OUT = re.compile(r"Timed out waiting|collective operation timeout|Watchdog caught", re.IGNORECASE)
-_FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+# What engines make of a full disk does not always say so, but our own sentence around it does.
+_FULL_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|File too large|could not be written|could not write checkpoint"
+)
 # torchrun's summary of a failed rank, the only place that knows a death by signal.
 _TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
 # Exceptions of a program that is wrong: the next start would raise them again.

@@ -20,6 +20,7 @@ _DUMP_S = 3.0  # a process answers within milliseconds, unless the kernel holds 
 _GONE_S = 60.0  # freeing the memory of a GPU takes a while
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in ', re.MULTILINE)
 _STOPPED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+_ENDED = (psutil.STATUS_DEAD, psutil.STATUS_ZOMBIE)
 
 
 def stacks_file(run: RunDir, rank: int) -> Path:
@@ -30,6 +31,11 @@ def stacks_file(run: RunDir, rank: int) -> Path:
 def stopped(beats: Sequence[Beat]) -> list[int]:
     """Return the ranks whose processes do not run because somebody stopped them."""
     return [beat.rank for beat in beats if _status(beat.pid) in _STOPPED]
+
+
+def gone(beats: Sequence[Beat]) -> list[int]:
+    """Return the ranks whose processes have ended; then nobody hangs, and torchrun is about to say who died of what."""
+    return [beat.rank for beat in beats if _status(beat.pid) in _ENDED]
 
 
 def _status(pid: int) -> str:

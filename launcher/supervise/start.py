@@ -6,6 +6,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from launcher.supervise import processes
 from launcher.supervise.stop_requests import StopRequests
 from launcher.supervise.watch import Culprit, Stall, Watch, culprit
 
+_LINGER_S = 60.0  # torchrun kills after 30 s whom it has asked to leave
 _STDERR = 2  # a descriptor: sys.stderr may be somebody's replacement without one
 
 
@@ -105,6 +107,8 @@ def _wait(
         except subprocess.TimeoutExpired:
             stall = watch.look(time.monotonic())
         on_look()
+        if stall is not None and processes.gone(stall.beats) and _ends_by_itself(process):
+            return None
         if stall is not None:
             halted = processes.stopped(stall.beats)
             processes.dump_flight_recorder(run, [beat.rank for beat in stall.beats])
@@ -112,6 +116,13 @@ def _wait(
             process.kill()  # and be the one who hears of its end, before its workers follow
             process.wait()
             return Hang(stall=stall, culprit=found)
+
+
+def _ends_by_itself(process: subprocess.Popen[bytes]) -> bool:
+    """Give torchrun the time it takes to end the ranks that are left."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_LINGER_S)
+    return process.returncode is not None
 
 
 def _forget_last_start(run: RunDir) -> None:

@@ -77,6 +77,15 @@ def test_a_foreign_exception_names_rank_host_frame_and_traceback(run: RunDir) ->
             "storage_full",
             errors.CheckpointError,
         ),
+        (
+            {
+                "type": "CheckpointError",
+                "exit_code": 6,
+                "message": "checkpoint of step 5 could not be written: [1]",
+            },
+            "storage_full",
+            errors.CheckpointError,
+        ),
         ({"type": "BadLossError", "exit_code": 14}, "bad_loss", errors.BadLossError),
         ({"type": "DeviceMemoryError", "exit_code": 10}, "out_of_memory", errors.DeviceMemoryError),
         (

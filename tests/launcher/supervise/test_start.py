@@ -65,6 +65,16 @@ def test_a_hang_is_seen_named_and_ended(frozen: Callable[..., RunDir], worker: S
             os.kill(beat.pid, 0)
 
 
+def test_ranks_that_have_ended_do_not_hang(frozen: Callable[..., RunDir], worker: Stand) -> None:
+    run = frozen("supervise.step_timeout_s=1")
+    worker(
+        "child = os.fork()\nHeart(run.heartbeats, rank=child == 0).beat('stepping', 3)\n"
+        "if child == 0: sys.exit(0)\ntime.sleep(4)\nsys.exit(7)\n"  # as torchrun, slow to tell of a dead rank
+    )
+    ending = started(run)
+    assert (ending.code, ending.hang) == (7, None)
+
+
 def test_a_look_comes_while_the_workers_run(frozen: Callable[..., RunDir], worker: Stand) -> None:
     run = frozen("supervise.step_timeout_s=1")
     worker("while not run.stop_file.exists(): time.sleep(0.01)")
