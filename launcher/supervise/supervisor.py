@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -152,17 +153,18 @@ class _Supervisor:
         return found[0].name if found else None
 
     def _log_failure(self, event: str, failure: Failure, ending: Ending) -> None:
-        self.run.log_event(
-            event,
-            type=type(failure.error).__name__,
-            message=str(failure.error),
-            exit_code=failure.error.exit_code,
-            cause=failure.cause,
-            rank=failure.rank,
-            host=failure.host,
-            frame=failure.frame,
-            step=step_reached(ending.beats),
-        )
+        facts = {
+            "type": type(failure.error).__name__,
+            "message": str(failure.error),
+            "exit_code": failure.error.exit_code,
+            "cause": failure.cause,
+            "rank": failure.rank,
+            "host": failure.host,
+            "frame": failure.frame,
+            "step": step_reached(ending.beats),
+        }
+        with suppress(OSError):  # a full disk: the person still hears of it
+            self.run.log_event(event, **facts)
 
 
 def _final(error: LauncherError, run: RunDir, why: str) -> LauncherError:

@@ -88,6 +88,7 @@ def test_a_killed_rank_is_named_and_resume_goes_on(tmp_path: Path, call: Callabl
         "training.global_batch_size=8",
         "training.num_steps=400",
         "checkpoint.interval=5",
+        "supervise.max_restarts=0",
         f"run_dir={run}",
     ]
     command = [sys.executable, "-m", "launcher", "train", *words]
@@ -96,8 +97,10 @@ def test_a_killed_rank_is_named_and_resume_goes_on(tmp_path: Path, call: Callabl
         victim = next(worker for worker in workers(run) if worker.environ().get("RANK") == "1")
         victim.kill()
         _, err = process.communicate(timeout=120)
-    assert process.returncode == 9
-    assert "rank 1 was killed by SIGKILL" in err.strip().splitlines()[-1]
+    assert process.returncode == 12
+    last = err.strip().splitlines()[-1]
+    assert "rank 1 on" in last and "was killed by SIGKILL" in last
+    assert "not started again: supervise.max_restarts=0 are used up" in last
     outcome = call("resume", str(run), "--json")
     assert outcome.code == 0, outcome.err
     assert outcome.json["state"] == "finished"
