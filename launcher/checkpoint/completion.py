@@ -88,6 +88,8 @@ def failure(step: int, tiers: Tiers, error: BaseException) -> CheckpointError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # torch's CheckpointException carries the tracebacks of other ranks; the reason is what they end with.
     reason = lines[-1] if any("Traceback" in line for line in lines) else lines[0]
+    if "unexpected pos" in reason:  # what torch's zip writer makes of a short write (inline_container.cc)
+        reason = f"No space left on device, or no room under a limit on file sizes (torch: {reason})"
     return CheckpointError(
         f"checkpoint of step {step} could not be written under {tiers.first.root}: {reason}; "
         "free space or make it writable, then resume from the one before"

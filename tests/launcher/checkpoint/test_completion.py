@@ -103,4 +103,8 @@ def test_the_reason_is_what_tracebacks_of_other_ranks_end_with(tmp_path: Path) -
     text += "OSError: [Errno 27] File too large\n"
     assert ": first;" in str(failure(3, tiers, RuntimeError("first\nsecond")))
     assert "OSError: [Errno 27] File too large;" in str(failure(3, tiers, RuntimeError(text)))
+    short = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+    assert f"No space left on device, or no room under a limit on file sizes (torch: {short});" in str(
+        failure(3, tiers, RuntimeError(short))
+    )
     assert ": KeyError;" in str(failure(3, tiers, KeyError()))
