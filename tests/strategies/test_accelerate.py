@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,31 @@ def test_capabilities_need_no_torch() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_snapshot_is_of_the_moment_it_was_taken(started: Any, tmp_path: Path) -> None:
+    strategy = started()
+    steps(strategy, range(2))
+    write = strategy.snapshot(tmp_path / "first")
+    unbroken = steps(strategy, range(2, 4))  # training goes on before a byte is written
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    # The memory of the first copy serves the second one too.
+    write = strategy.snapshot(tmp_path / "second")
+    write()
+    resumed = started()
+    resumed.load(tmp_path / "first")
+    assert steps(resumed, range(2, 4)) == unbroken
+    resumed = started()
+    resumed.load(tmp_path / "second")
+    assert steps(resumed, range(2, 4)) != unbroken
+
+
+def test_a_snapshot_takes_what_it_says(started: Any) -> None:
+    strategy = started()
+    steps(strategy, range(1))
+    numbers = sum(parameter.numel() for parameter in strategy._model.parameters())
+    num_parameters = len(list(strategy._model.parameters()))
+    # fp32 weights and two moments, and a counter a parameter.
+    assert strategy.snapshot_bytes() == pytest.approx(12 * numbers + 4 * num_parameters, rel=0.25)
