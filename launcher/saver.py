@@ -18,6 +18,7 @@ from launcher import goodput
 from launcher.checkpoint.background import Background
 from launcher.checkpoint.completion import Completion, failure
 from launcher.checkpoint.manifest import FORMAT, Manifest, check_belongs
+from launcher.checkpoint.verification import attempt, latest_good
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.errors import CheckpointError
@@ -77,10 +78,7 @@ class Saver:
         belongs = partial(
             check_belongs, plan=self.plan, model=self.job.model, dataset_hash=self.dataset.content_hash
         )
-        found = None
-        if self.ranks.rank == 0:
-            found = self.tiers.latest_good(logger.warning, belongs=belongs)
-        found = self.ranks.broadcast(found)
+        found = latest_good(self.ranks, self.tiers, logger.warning, belongs=belongs)
         if found is None:
             self._check_nothing_lost()
             self._log_lost(step=0)
@@ -171,10 +169,10 @@ class Saver:
     def _begin(self, step: int) -> Path:
         """Have the folder on every node; raise the same error on every rank."""
         first = self.tiers.first
-        sentence = _fault(first.begin, step) if self.ranks.rank == 0 else None
+        sentence = attempt(lambda: first.begin(step))[1] if self.ranks.rank == 0 else None
         found = self.ranks.gather(sentence)
         if not any(found):
-            found = self.ranks.gather(_fault(first.join, step))
+            found = self.ranks.gather(attempt(lambda: first.join(step))[1])
         if any(found):
             raise CheckpointError(next(each for each in found if each))
         return first.aside_of(step)
@@ -268,14 +266,6 @@ class Saver:
 
 class _Unshared(CheckpointError):
     """A failure that the other ranks may not know of: they may wait inside the engine for this one."""
-
-
-def _fault(work: Callable[[int], object], step: int) -> str | None:
-    try:
-        work(step)
-    except CheckpointError as error:
-        return str(error)
-    return None
 
 
 def _snapshot_words(snapshots: bool, *, needed: int, lacking: bool, strategy: str) -> str:

@@ -58,9 +58,8 @@ def entries(directory: Path, paths: Sequence[str]) -> list[FileEntry]:
     return _in_threads(entry, paths)
 
 
-def check(directory: Path, listed: Sequence[FileEntry]) -> None:
-    """Read everything; raise CheckpointError unless the folder holds what is listed, to the last bit."""
-    check_sizes(directory, listed)
+def check_sums(directory: Path, listed: Sequence[FileEntry]) -> None:
+    """Read these files whole; raise CheckpointError unless they are as listed, to the last bit."""
     found = _in_threads(lambda entry: checksum(directory / entry.path), listed)
     for entry, value in zip(listed, found, strict=True):
         if value != entry.crc32:

@@ -75,7 +75,7 @@ class CheckpointStore:
                 final.rename(final.with_name(f"{final.name}.replaced.tmp"))
             aside.rename(final)
             files.fsync(self.root)
-        self._known_good.add(final)
+        self.trust(final)
         self.prune()
         return final
 
@@ -85,13 +85,23 @@ class CheckpointStore:
 
     def verify(self, path: Path) -> Manifest:
         """Read a checkpoint whole; return its manifest or raise CheckpointError with one sentence."""
+        content = self.inspect(path)
+        files.check_sums(path, content.files)
+        self.trust(path)
+        return content
+
+    def trust(self, path: Path) -> None:
+        """Remember that somebody has read this one whole and found it good."""
+        self._known_good.add(path)
+
+    def inspect(self, path: Path) -> Manifest:
+        """Look at all but the data: manifest, names, sizes."""
         content = manifest.read(path)
-        files.check(path, content.files)
+        files.check_sizes(path, content.files)
         if path.name != self.path_of(content.step).name:
             raise CheckpointError(
                 f"{path} holds a manifest of step {content.step}; give the folder its own name back"
             )
-        self._known_good.add(path)
         return content
 
     def latest_good(self, report: Callable[[str], None]) -> tuple[Path, Manifest] | None:
@@ -110,7 +120,7 @@ class CheckpointStore:
         if newest is None:
             return
         older = paths[paths.index(newest) + 1 :]
-        kept = [path for path in older if _is_whole(path)][: self.keep_last - 1]
+        kept = [path for path in older if self._is_whole(path)][: self.keep_last - 1]
         for path in older:
             if path not in kept and not (self.keep_every and step_of(path) % self.keep_every == 0):
                 self._remove(path)
@@ -122,6 +132,14 @@ class CheckpointStore:
     def _is_good(self, path: Path) -> bool:
         try:
             self.verify(path)
+        except CheckpointError:
+            return False
+        return True
+
+    def _is_whole(self, path: Path) -> bool:
+        """Cheap: the data is not read."""
+        try:
+            self.inspect(path)
         except CheckpointError:
             return False
         return True
@@ -157,12 +175,3 @@ def step_of(path: Path) -> int:
     match = _COMMITTED.fullmatch(path.name)
     assert match, f"{path} is not a checkpoint's name"
     return int(match[1])
-
-
-def _is_whole(path: Path) -> bool:
-    """Look at manifest and sizes only: cheap, the data is not read."""
-    try:
-        files.check_sizes(path, manifest.read(path).files)
-    except CheckpointError:
-        return False
-    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,22 +31,31 @@ class Tiers:
         paths = [(path, -rank) for rank, store in enumerate(tiers) for path in store.committed()]
         return [path for path, _ in sorted(paths, key=lambda each: (step_of(each[0]), each[1]), reverse=True)]
 
+    def store_of(self, path: Path) -> CheckpointStore:
+        """The tier that holds this checkpoint."""
+        return self.fast if self.fast is not None and path.parent == self.fast.root else self.shared
+
     def verify(self, path: Path) -> Manifest:
         """Read a checkpoint of either tier whole."""
-        store = self.fast if self.fast is not None and path.parent == self.fast.root else self.shared
-        return store.verify(path)
+        return self.store_of(path).verify(path)
 
     def latest_good(
-        self, report: Callable[[str], None], *, belongs: Callable[[Manifest], None] = lambda manifest: None
+        self,
+        report: Callable[[str], None],
+        *,
+        paths: Sequence[Path] | None = None,
+        verify: Callable[[Path], Manifest] | None = None,
+        belongs: Callable[[Manifest], None] = lambda manifest: None,
     ) -> tuple[Path, Manifest] | None:
         """Return the newest checkpoint of both tiers that verifies; `report` hears of each one skipped and why.
 
-        `belongs` raises CheckpointError for one of another run: on the fast tier, which a run does not own as it owns
-        its directory, that one is skipped as well.
+        `paths` and `verify` are for ranks that look together, at the same folders. `belongs` raises CheckpointError for
+        one of another run: on the fast tier, which a run does not own as it owns its directory, that one is skipped
+        as well.
         """
-        for path in self.committed():
+        for path in self.committed() if paths is None else paths:
             try:
-                manifest = self.verify(path)
+                manifest = (verify or self.verify)(path)
                 if path.parent != self.shared.root:
                     belongs(manifest)
             except CheckpointError as error:

@@ -62,6 +62,9 @@ class _Threads:
         self._meeting.wait(timeout=60)
         return found
 
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
 
 @pytest.fixture
 def on_ranks() -> Callable[..., list[Any]]:

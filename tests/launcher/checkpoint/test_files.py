@@ -26,7 +26,8 @@ def test_all_files_but_the_manifest_are_listed_and_summed(folder: Path) -> None:
     a, b = files.entries(folder, files.names(folder))
     assert (a.size, a.crc32) == (3000, zlib.crc32((folder / "engine" / "a.bin").read_bytes()))
     assert (b.path, b.size, b.crc32) == ("engine/b.bin", 0, 0)
-    files.check(folder, [a, b])
+    files.check_sizes(folder, [a, b])
+    files.check_sums(folder, [a, b])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,8 @@ def test_what_is_not_as_listed_is_refused(
     listed = files.entries(folder, files.names(folder))
     damage(folder)
     with pytest.raises(CheckpointError, match=sentence):
-        files.check(folder, listed)
+        files.check_sizes(folder, listed)
+        files.check_sums(folder, listed)
 
 
 def test_sizes_alone_do_not_read_the_data(folder: Path) -> None:
