@@ -28,10 +28,11 @@ def names(run: RunDir) -> list[str]:
     return [event["event"] for event in run.events()]
 
 
-def test_a_start_waits_until_the_devices_are_there(frozen: Frozen, sound: Path) -> None:
+def test_a_start_waits_until_the_devices_are_there(frozen: Frozen, sound: Path, tmp_path: Path) -> None:
     sound.write_text("1")
-    run = frozen(f"supervise.health_command='cat {sound}'")
-    threading.Timer(0.5, sound.write_text, ["2"]).start()
+    script = tmp_path / "health.sh"
+    script.write_text(f"cat {sound}; echo 2 > {sound}")  # the next answer is another one
+    run = frozen(f"supervise.health_command='sh {script}'")
     assert devices(run).prepare()
     assert names(run) == ["created", "paused"]
     assert run.plan().world_size == 2

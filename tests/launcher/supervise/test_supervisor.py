@@ -111,7 +111,8 @@ def test_a_request_to_stop_is_followed_by_no_start(frozen: Frozen, worker: Stand
 
 def test_a_signal_while_waiting_for_the_next_start_ends_the_wait(frozen: Frozen, worker: Stand) -> None:
     run = frozen("supervise.backoff_s=600", "supervise.backoff_max_s=600")  # after a start without a step
-    worker(f"import subprocess\nsubprocess.Popen(['sh', '-c', 'sleep 1; kill -TERM {os.getpid()}'])\n{DIE}")
+    signal_later = f"until grep -q restarting {run.events_file}; do sleep 0.1; done; kill -TERM {os.getpid()}"
+    worker(f"import subprocess\nsubprocess.Popen(['sh', '-c', '{signal_later}'])\n{DIE}")
     assert run_workers(run, quiet_stdout=True) == 143
     assert [event["signal"] for event in events(run, "interrupted")] == ["SIGTERM"]
     assert len(events(run, "launched")) == 1
