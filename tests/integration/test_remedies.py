@@ -170,12 +170,12 @@ def _checksum_of_batch(words: list[str], folder: Path, *, number: int) -> int:
     """Which global batch the spoiler shall not like."""
     import zlib
 
-    from launcher import cli, compose
+    from launcher import compose, freeze
     from launcher.data.loader import BatchLoader
     from launcher.output import Output
 
     (job,) = compose.jobs([*words, f"run_dir={folder / 'frozen'}"])
-    run = cli.freeze(job, Output(as_json=True))
+    run = freeze.freeze(job, Output(as_json=True))
     with BatchLoader(
         run.dataset(),
         split="train",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher import cli, compose
+from launcher import compose, freeze
 from launcher.config import Job
 from launcher.output import Output
 from launcher.run_dir import RunDir
@@ -38,11 +38,11 @@ SMALL = (
 def frozen(tmp_path: Path) -> Callable[..., RunDir]:
     """Freeze a run of two ranks on processors, with these words on top."""
 
-    def freeze(*words: str) -> RunDir:
+    def make(*words: str) -> RunDir:
         (job,) = compose.jobs([*SMALL, f"run_dir={tmp_path / 'run'}", *words])
-        return cli.freeze(job, Output(as_json=True))
+        return freeze.freeze(job, Output(as_json=True))
 
-    return freeze
+    return make
 
 
 @pytest.fixture
