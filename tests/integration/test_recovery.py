@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from benchmarks.chaos import Fault, Kind, Outcome
 from launcher.monitor.metrics import read
 from launcher.supervise.processes import stacks_file
 
-STEP_TIMEOUT_S = 6.0
+STEP_TIMEOUT_S = 12.0
 WORDS = (
     *(
         "strategy=accelerate",
@@ -80,13 +79,3 @@ def test_a_schedule_follows_from_its_seed() -> None:
     drawn = [chaos.schedule(kinds, num_steps=30, restart_s=5, step_s=0.1, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(isinstance(fault, Fault) and 1 <= fault.at_step < 30 for fault in drawn[0])
-
-
-def test_a_rank_that_dies_at_once_and_again_ends_the_run(tmp_path: Path) -> None:
-    """Without one new step there is an end, and the exit code says of what."""
-    words = [*WORDS, "supervise.max_fruitless=1", "checkpoint.interval=0"]
-    fault = Fault(kind="kill", at_step=3, delay_s=0.0, draw=0.9)
-    again = Fault(kind="kill_in_restart", at_step=3, delay_s=1.0, draw=0.0)
-    outcome = chaos.train(words, [fault, again], path=tmp_path / "run")
-    assert outcome.code == 12
-    assert "1 starts in a row made no new step (supervise.max_fruitless=1)" in outcome.err

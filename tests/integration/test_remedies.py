@@ -38,7 +38,6 @@ ELASTIC = (
     *(
         *SMALL,
         "strategy=accelerate",
-        "cluster.gpus_per_node=4",
         "model.num_layers=2",
         "training.sequence_length=64",
     ),
@@ -98,7 +97,8 @@ def test_memory_that_runs_out_halves_the_micro_batch(tmp_path: Path) -> None:
 
 
 def test_fewer_ranks_go_on_until_the_lost_ones_are_back(tmp_path: Path) -> None:
-    whole = chaos.train(ELASTIC, [], path=tmp_path / "whole")
+    # One process has the same global batches, and starts soonest.
+    whole = chaos.train([*ELASTIC, "cluster.gpus_per_node=1"], [], path=tmp_path / "whole")
     assert whole.code == 0, whole.err
     run = RunDir(path=tmp_path / "elastic")
     health = tmp_path / "health.py"
@@ -109,7 +109,7 @@ def test_fewer_ranks_go_on_until_the_lost_ones_are_back(tmp_path: Path) -> None:
         "print(2 if 7 <= steps < 20 else 4)\n"
     )
     words = [
-        *(*ELASTIC, "supervise.elastic=true", "supervise.health_interval_s=0.2"),
+        *(*ELASTIC, "cluster.gpus_per_node=4", "supervise.elastic=true", "supervise.health_interval_s=0.2"),
         f"supervise.health_command='{sys.executable} {health} {run.path}'",
     ]
     lost = Fault(kind="kill", at_step=8, delay_s=0.0, draw=0.9)
