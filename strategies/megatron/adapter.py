@@ -112,9 +112,9 @@ class MegatronStrategy(Strategy):
         """Copy what `save` would write, gathered and planned."""
         from strategies.megatron import checkpoints
 
-        if self._copy is None:
-            self._copy = HostCopy()
-        return checkpoints.snapshot(self._chunks, self._optimizer, directory, self._copy)
+        first = self._copy is None
+        self._copy = self._copy or HostCopy()
+        return checkpoints.snapshot(self._chunks, self._optimizer, directory, copy=self._copy, validate=first)
 
     def load(self, directory: Path) -> None:
         """Restore it; all degrees of the plan may differ from those that wrote it."""

@@ -30,11 +30,17 @@ def save(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, di
 
 
 def snapshot(
-    chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, directory: Path, copy: HostCopy
+    chunks: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    directory: Path,
+    *,
+    copy: HostCopy,
+    validate: bool,
 ) -> Callable[[], None]:
     """Copy what this rank writes; return what writes it, without a collective of training's groups.
 
-    Gathering and planning, which need all ranks in training's own groups, are done before this returns.
+    Gathering and planning, which need all ranks in training's own groups, are done before this returns. `validate` has
+    all ranks exchange what each holds, and every element found to be written once: the next save holds the same.
     """
     from megatron.core import dist_checkpointing
 
@@ -42,7 +48,11 @@ def snapshot(
     with gathered(chunks):
         state = _sharded_state(chunks, optimizer, loading=False)
         request = dist_checkpointing.save(
-            state, str(directory), sharded_strategy=_in_thread(copy), async_sharded_save=True
+            state,
+            str(directory),
+            sharded_strategy=_in_thread(copy),
+            validate_access_integrity=validate,
+            async_sharded_save=True,
         )
     return partial(request.async_fn, directory)
 
