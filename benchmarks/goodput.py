@@ -31,6 +31,12 @@ BAR = 0.03
 INTERVALS_A_FAILURE = 20
 SMALL = (
     *("strategy=accelerate", "monitor=none", "data.max_bytes=300000", "training.global_batch_size=8"),
+    *(
+        "model.num_layers=2",
+        "model.hidden_size=48",
+        "model.ffn_hidden_size=96",
+        "training.sequence_length=32",
+    ),
     *("training.num_steps=10000000", "evaluation.num_sequences=8", "plan.recompute=none"),
 )
 _PATIENCE_S = 600.0
