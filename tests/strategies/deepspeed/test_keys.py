@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from strategies.deepspeed_keys import ACCEPTED, OWNED, UNUSED
+from strategies.deepspeed.keys import ACCEPTED, OWNED, UNUSED
 
 MINIMAL = {"train_batch_size": 1}
 # Read by the engine or its launcher rather than by DeepSpeedConfig.

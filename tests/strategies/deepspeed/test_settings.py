@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from strategies.deepspeed import CAPABILITIES
-from strategies.deepspeed_config import BUCKET_ELEMENTS, to_deepspeed_config
+from strategies.deepspeed.settings import BUCKET_ELEMENTS, to_deepspeed_config
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "deepspeed"
+GOLDEN = Path(__file__).parents[2] / "golden" / "deepspeed"
 TRAINING = TrainingSpec(sequence_length=2048, global_batch_size=512, num_steps=100, max_grad_norm=1.0)
 LARGE = ModelSpec(
     name="large",

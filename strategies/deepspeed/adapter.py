@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO 0 to 3 with optimizer and parameter offload, data parallel."""
+"""DeepSpeedStrategy: one plan on a DeepSpeed engine. `settings.py` says what the engine is told."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies import hf, process
-from strategies.base import Capabilities, StateBytes, StepResult, Strategy
-from strategies.deepspeed_config import BUCKET_ELEMENTS, to_deepspeed_config
-from strategies.deepspeed_keys import ACCEPTED, OWNED, UNPRICED, UNUSED
+from strategies.base import StepResult, Strategy
+from strategies.deepspeed.capabilities import CAPABILITIES
+from strategies.deepspeed.settings import to_deepspeed_config
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -25,32 +25,6 @@ if TYPE_CHECKING:
 
     from strategies.base import MicroBatch
     from strategies.inspection import Inspection
-
-CAPABILITIES = Capabilities(
-    zero_stages=frozenset({0, 1, 2, 3}),
-    precisions=frozenset({"fp32", "bf16"}),
-    recompute=frozenset({"none", "full"}),
-    # ZeRO keeps a flat master copy of the weights even in fp32.
-    state_bytes={
-        "fp32": StateBytes(weights=4, gradients=4, optimizer=12),
-        "bf16": StateBytes(weights=2, gradients=4, optimizer=12),
-    },
-    # Without ZeRO: torch's own state; in bf16, autocast keeps its cast weights until the backward pass.
-    stage_state_bytes={
-        ("fp32", 0): StateBytes(weights=4, gradients=4, optimizer=8),
-        ("bf16", 0): StateBytes(weights=4, gradients=4, optimizer=8, gathered=2, keep_gathered=True),
-        ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=12, gathered=4),
-        ("bf16", 3): StateBytes(weights=2, gradients=4, optimizer=12, gathered=2),
-    },
-    buffer_elements=BUCKET_ELEMENTS,
-    offload_optimizer_stages=frozenset({1, 2, 3}),
-    offload_parameters_stages=frozenset({3}),
-    engine_keys=ACCEPTED,
-    owned_engine_keys=OWNED,
-    unused_engine_keys=UNUSED,
-    buffer_engine_key="zero_optimization.reduce_bucket_size",
-    unpriced_engine_keys=UNPRICED,
-)
 
 _TAG = "state"  # one checkpoint per directory, so its name inside never varies
 
@@ -138,19 +112,19 @@ class DeepSpeedStrategy(Strategy):
     @classmethod
     def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
         """Set up and step as one rank of a world that is not there."""
-        from strategies import deepspeed_inspect
+        from strategies.deepspeed import inspect as inspection
         from strategies.fake_world import empty_batches, fake_world
 
         # A longer step holds no more than two micro-batches do.
         plan, strategy = replace(plan, num_microbatches=min(plan.num_microbatches, 2)), cls()
         _import_deepspeed()
-        with fake_world(rank=rank, world_size=plan.world_size) as ledger, deepspeed_inspect.agreeing_ranks():
+        with fake_world(rank=rank, world_size=plan.world_size) as ledger, inspection.agreeing_ranks():
             config = strategy._enter(plan, model, training)
-            with deepspeed_inspect.sharded_building(config):
+            with inspection.sharded_building(config):
                 network = hf.build_unfilled_model(model)
             strategy._initialize(network, training, config)
             batches = empty_batches(plan, training)
-            found = deepspeed_inspect.inspect(
+            found = inspection.inspect(
                 ledger, strategy._engine, lambda: strategy.train_step(batches, learning_rate=0.0)
             )
             strategy.teardown()

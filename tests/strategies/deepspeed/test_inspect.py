@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from strategies import deepspeed_inspect as subject
+from strategies.deepspeed import inspect as subject
 from strategies.fake_world import fake_world, storage_bytes
 
 SIZE = 16 * 16 * 4
