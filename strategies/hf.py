@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,18 +88,38 @@ def build_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
 
 def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
     """Build the model without its weights: memory is reserved and not touched, buffers are real."""
+    network = _build_on_meta(weights, model)
+    _reserve(network)
+    network.tie_weights()
+    return _for_training(network)
+
+
+def build_part(
+    weights: Path, model: ModelSpec, keep: Callable[[PreTrainedModel], None]
+) -> PreTrainedModel:
+    """Load what `keep` leaves of the model: nothing else is ever read, or held."""
+    network = _build_on_meta(weights, model)
+    keep(network)
+    _reserve(network)
+    _fill(network, weights)
+    return _for_training(network)
+
+
+def _build_on_meta(weights: Path, model: ModelSpec) -> PreTrainedModel:
     be_quiet()
-    import torch
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        network = AutoModelForCausalLM.from_config(_read_config(weights, model), **_in_fp32())
+        return AutoModelForCausalLM.from_config(_read_config(weights, model), **_in_fp32())
+
+
+def _reserve(network: PreTrainedModel) -> None:
+    import torch
+
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
-    network.tie_weights()
-    return _for_training(network)
 
 
 def build_unfilled_model(model: ModelSpec) -> PreTrainedModel:
@@ -108,6 +129,33 @@ def build_unfilled_model(model: ModelSpec) -> PreTrainedModel:
 
     config = AutoConfig.for_model(**to_hf_config(model))
     return _for_training(AutoModelForCausalLM.from_config(config, **_in_fp32()))
+
+
+def _fill(network: PreTrainedModel, weights: Path) -> None:
+    """Read the tensors that `network` has, by name, each from the file that holds it."""
+    from safetensors import safe_open
+
+    files = _file_by_tensor(weights)
+    for name, parameter in network.named_parameters():
+        # A head that is tied is not stored.
+        source = name if name in files else network._tied_weights_keys.get(name, name)
+        if source not in files:
+            raise ValueError(f"weights={weights} lacks the tensor '{source}'; use the model these weights belong to")
+        with safe_open(weights / files[source], framework="pt") as file:
+            parameter.data.copy_(file.get_tensor(source))
+
+
+def _file_by_tensor(weights: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    index, single = weights / "model.safetensors.index.json", weights / "model.safetensors"
+    if index.is_file():
+        files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return files
+    if not single.is_file():
+        raise ValueError(f"weights={weights} holds no safetensors, of which a part could be read; convert it first")
+    with safe_open(single, framework="pt") as file:
+        return dict.fromkeys(file.keys(), single.name)
 
 
 def be_quiet() -> None:
@@ -149,14 +197,25 @@ def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
 
 
-def model_loss(network: torch.nn.Module, batch: MicroBatch, device: torch.device) -> torch.Tensor:
+def model_loss(
+    network: torch.nn.Module,
+    batch: MicroBatch,
+    device: torch.device,
+    *,
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = loss,
+) -> torch.Tensor:
     """Run the model: the language-model loss alone, which is what is reported."""
     inputs, labels = to_tensors(batch, device)
-    return loss(network(input_ids=inputs, use_cache=False).logits, labels)
+    return criterion(network(input_ids=inputs, use_cache=False).logits, labels)
 
 
 def training_losses(
-    network: torch.nn.Module, batch: MicroBatch, device: torch.device, *, balance: float
+    network: torch.nn.Module,
+    batch: MicroBatch,
+    device: torch.device,
+    *,
+    balance: float,
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = loss,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the model: the loss to differentiate, and the language-model loss alone, which is what is reported.
 
@@ -164,11 +223,11 @@ def training_losses(
     transformers computes it), where the model has one.
     """
     if not balance:
-        value = model_loss(network, batch, device)
+        value = model_loss(network, batch, device, criterion=criterion)
         return value, value.detach()
     inputs, labels = to_tensors(batch, device)
     output = network(input_ids=inputs, use_cache=False, output_router_logits=True)
-    value = loss(output.logits, labels)
+    value = criterion(output.logits, labels)
     return value + balance * output.aux_loss, value.detach()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from strategies.spec import Plan, TrainingSpec
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from strategies.base import MicroBatch
     from strategies.inspection import Inspection
@@ -37,9 +37,12 @@ class DeepSpeedStrategy(Strategy):
     create_weights = staticmethod(hf.create_weights)
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
-        """Hand model and torch's AdamW to a DeepSpeed engine."""
+        """Hand this rank's part of the model and torch's AdamW to a DeepSpeed engine."""
         config = self._enter(plan, model, training)
-        self._initialize(_build_model(weights, model, config), training, config)
+        from strategies.deepspeed import network
+
+        part, self._grid = network.build(weights, model, plan, config)
+        self._initialize(part, training, config)
 
     def _enter(self, plan: Plan, model: ModelSpec, training: TrainingSpec) -> dict[str, Any]:
         if refusal := self.capabilities.why_not(plan, model):
@@ -53,18 +56,24 @@ class DeepSpeedStrategy(Strategy):
         self._device = process.local_device()
         process.join_single_rank_group()
         deepspeed.init_distributed()
-        self.dp_rank = dist.get_rank()
+        self.dp_rank = plan.coordinate("dp", dist.get_rank())
         process.seed_everything(training, rank=self.dp_rank)
         return to_deepspeed_config(plan, model, training)
 
-    def _initialize(self, network: PreTrainedModel, training: TrainingSpec, config: dict[str, Any]) -> None:
+    def _initialize(self, part: Any, training: TrainingSpec, config: dict[str, Any]) -> None:
         import deepspeed
 
-        hf.enable_recompute(network, self._plan)
-        self._balance = hf.balance_coefficient(network)
-        optimizer = _create_optimizer(network, self._plan, training)
+        from strategies.deepspeed import network, norms
+
+        model = part if self._plan.pp == 1 else part.network
+        self._balance = hf.balance_coefficient(model)
+        self._criterion = partial(network.loss, model)
+        optimizer = _create_optimizer(part, self._plan, training)
+        mpu = self._grid if self._plan.pp == 1 else None  # a pipeline brings its own
         with redirect_stdout(StringIO()):  # it prints memory tables
-            self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+            self._engine, *_ = deepspeed.initialize(model=part, optimizer=optimizer, config=config, mpu=mpu)
+        if self._plan.zero_stage == 0:
+            norms.clip_without_zero(self._engine, self._grid)
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
         """Run the engine's accumulation to its boundary; it clips and steps."""
@@ -72,25 +81,37 @@ class DeepSpeedStrategy(Strategy):
             "the trainer must pass plan.num_microbatches batches"
         )
         hf.set_learning_rate(self._engine.optimizer, learning_rate)
-        losses = []
-        for batch in batches:
-            loss, reported = hf.training_losses(self._engine, batch, self._device, balance=self._balance)
-            self._engine.backward(loss)
-            losses.append(reported)
-            if len(losses) == len(batches) and self._plan.zero_stage == 0:
-                plain_norm = self._plain_norm()
-            self._engine.step()
-        norm = plain_norm if self._plan.zero_stage == 0 else self._engine.get_global_grad_norm()
-        skipped = not self._engine.was_step_applied()
-        return StepResult(loss=process.mean_of(losses), grad_norm=float(norm), skipped=skipped)
+        if self._plan.pp > 1:
+            loss = float(self._engine.train_batch(self._pairs(batches)))
+        else:
+            loss = process.mean_of([self._accumulate(batch) for batch in batches])
+        norm, skipped = self._engine.get_global_grad_norm(), not self._engine.was_step_applied()
+        return StepResult(loss=loss, grad_norm=float(norm), skipped=skipped)
+
+    def _accumulate(self, batch: MicroBatch) -> torch.Tensor:
+        loss, reported = hf.training_losses(
+            self._engine, batch, self._device, balance=self._balance, criterion=self._criterion
+        )
+        self._engine.backward(loss)
+        self._engine.step()
+        return reported
+
+    def _pairs(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield inputs, which the first stage reads, and labels, which the last one does."""
+        return (hf.to_tensors(batch, self._device) for batch in batches)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""
         import torch
 
+        if self._plan.pp > 1:
+            return float(self._engine.eval_batch(self._pairs(batches), num_micro_batches=len(batches)))
         self._engine.eval()
         with torch.no_grad():
-            losses = [hf.model_loss(self._engine, batch, self._device) for batch in batches]
+            losses = [
+                hf.model_loss(self._engine, batch, self._device, criterion=self._criterion)
+                for batch in batches
+            ]
         self._engine.train()
         return process.mean_of(losses)
 
@@ -105,9 +126,12 @@ class DeepSpeedStrategy(Strategy):
             raise RuntimeError(f"{directory} holds no DeepSpeed checkpoint; start from another one")
 
     def teardown(self) -> None:
-        """Free the engine's hooks and buffers."""
+        """Free the engine's hooks, buffers and groups."""
+        from strategies.deepspeed import grid
+
         self._engine.destroy()
         del self._engine
+        grid.forget_groups()
 
     @classmethod
     def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
@@ -130,13 +154,6 @@ class DeepSpeedStrategy(Strategy):
             strategy.teardown()
         return found
 
-    def _plain_norm(self) -> torch.Tensor:
-        """Without ZeRO the engine clips but keeps no norm; after `backward` every rank has all gradients."""
-        import torch
-
-        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-
 
 def _import_deepspeed() -> Any:
     hf.be_quiet()
@@ -152,19 +169,6 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
     return deepspeed
-
-
-def _build_model(weights: Path, model: ModelSpec, config: dict[str, Any]) -> PreTrainedModel:
-    """Load the weights; under ZeRO-3 straight into shards, so that no rank ever holds the whole model."""
-    if config["zero_optimization"]["stage"] < 3:
-        return hf.build_model(weights, model)
-    from transformers.integrations import HfDeepSpeedConfig
-
-    # transformers keeps only a weak reference: loading is sharded while this name lives.
-    sharded_loading = HfDeepSpeedConfig(config)
-    network = hf.build_model(weights, model)
-    del sharded_loading
-    return network
 
 
 def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:

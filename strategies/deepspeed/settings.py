@@ -30,6 +30,26 @@ def to_deepspeed_config(plan: Plan, model: ModelSpec, training: TrainingSpec) ->
     return merge(config, plan.engine)
 
 
+def partition_words() -> dict[str, Any]:
+    """Return what AutoTP cuts by columns and by rows, and whose gradients tensor parallel ranks add up.
+
+    These are transformers' own plans for the dense families (`base_model_tp_plan`); norms over the heads are whole on
+    every rank, and each sees the gradient of its heads only.
+    """
+
+    def of(names: str, kind: str, **more: Any) -> dict[str, Any]:
+        return {"patterns": [rf".*\.({names})\.weight$"], "partition_type": kind, **more}
+
+    return {
+        "use_default_specs": False,
+        "layer_specs": [
+            of("q_proj|k_proj|v_proj|gate_proj|up_proj", "column"),
+            of("o_proj|down_proj", "row"),
+            of("q_norm|k_norm", "skip", grad_allreduce=True),
+        ],
+    }
+
+
 def _zero(plan: Plan, model: ModelSpec) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": plan.zero_stage}
     if plan.zero_stage == 0:
