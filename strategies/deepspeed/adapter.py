@@ -63,15 +63,18 @@ class DeepSpeedStrategy(Strategy):
     def _initialize(self, part: Any, training: TrainingSpec, config: dict[str, Any]) -> None:
         import deepspeed
 
-        from strategies.deepspeed import network, norms
+        from strategies.deepspeed import experts, network, norms
 
         model = part if self._plan.pp == 1 else part.network
         self._balance = hf.balance_coefficient(model)
         self._criterion = partial(network.loss, model)
-        optimizer = _create_optimizer(part, self._plan, training)
+
+        def create_optimizer(_: Any) -> torch.optim.Optimizer:
+            return _create_optimizer(part, self._plan, training)  # by then AutoEP has put its own experts in
+
         mpu = self._grid if self._plan.pp == 1 else None  # a pipeline brings its own
-        with redirect_stdout(StringIO()):  # it prints memory tables
-            self._engine, *_ = deepspeed.initialize(model=part, optimizer=optimizer, config=config, mpu=mpu)
+        with redirect_stdout(StringIO()), experts.router_logits_found():  # it prints memory tables
+            self._engine, *_ = deepspeed.initialize(model=part, optimizer=create_optimizer, config=config, mpu=mpu)
         if self._plan.zero_stage == 0:
             norms.clip_without_zero(self._engine, self._grid)
 
@@ -173,6 +176,10 @@ def _import_deepspeed() -> Any:
 
 def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:
     groups = hf.parameter_groups(network, training)
+    if plan.ep > 1:
+        from strategies.deepspeed import experts
+
+        groups = experts.split_groups(groups)
     if plan.offload_optimizer and _has_cpu_adam():
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

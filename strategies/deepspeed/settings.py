@@ -26,8 +26,23 @@ def to_deepspeed_config(plan: Plan, model: ModelSpec, training: TrainingSpec) ->
         # Its timer would synchronise the device at every step.
         "timers": {"throughput": {"enabled": False}},
         **_precision(plan),
+        **_experts(plan, model),
     }
     return merge(config, plan.engine)
+
+
+def _experts(plan: Plan, model: ModelSpec) -> dict[str, Any]:
+    """AutoEP's section; the presets would normalize the weights of the chosen experts whatever the model says."""
+    if plan.ep == 1:
+        return {}
+    assert model.moe is not None
+    section = {
+        "enabled": True,
+        "autoep_size": plan.ep,
+        "preset_model": model.model_type,
+        "route_norm": model.moe.normalize_top_k,
+    }
+    return {"expert_parallel": section}
 
 
 def partition_words() -> dict[str, Any]:
