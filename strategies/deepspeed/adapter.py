@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +40,8 @@ class DeepSpeedStrategy(Strategy):
         config = self._enter(plan, model, training)
         from strategies.deepspeed import network
 
-        part, self._grid = network.build(weights, model, plan, config)
-        self._initialize(part, training, config)
+        self._part = network.load(weights, model, plan, training, config)
+        self._initialize(training, config)
 
     def _enter(self, plan: Plan, model: ModelSpec, training: TrainingSpec) -> dict[str, Any]:
         if refusal := self.capabilities.why_not(plan, model):
@@ -60,23 +59,23 @@ class DeepSpeedStrategy(Strategy):
         process.seed_everything(training, rank=self.dp_rank)
         return to_deepspeed_config(plan, model, training)
 
-    def _initialize(self, part: Any, training: TrainingSpec, config: dict[str, Any]) -> None:
+    def _initialize(self, training: TrainingSpec, config: dict[str, Any]) -> None:
         import deepspeed
 
-        from strategies.deepspeed import experts, network, norms
+        from strategies.deepspeed import experts, norms
 
-        model = part if self._plan.pp == 1 else part.network
-        self._balance = hf.balance_coefficient(model)
-        self._criterion = partial(network.loss, model)
+        part = self._part
+        self._balance = hf.balance_coefficient(part.model)
 
         def create_optimizer(_: Any) -> torch.optim.Optimizer:
-            return _create_optimizer(part, self._plan, training)  # by then AutoEP has put its own experts in
+            return _create_optimizer(part.module, self._plan, training)  # by then AutoEP has put its own experts in
 
-        mpu = self._grid if self._plan.pp == 1 else None  # a pipeline brings its own
         with redirect_stdout(StringIO()), experts.router_logits_found():  # it prints memory tables
-            self._engine, *_ = deepspeed.initialize(model=part, optimizer=create_optimizer, config=config, mpu=mpu)
+            self._engine, *_ = deepspeed.initialize(
+                model=part.module, optimizer=create_optimizer, config=config, mpu=part.mpu
+            )
         if self._plan.zero_stage == 0:
-            norms.clip_without_zero(self._engine, self._grid)
+            norms.clip_without_zero(self._engine, part.grid)
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
         """Run the engine's accumulation to its boundary; it clips and steps."""
@@ -93,9 +92,10 @@ class DeepSpeedStrategy(Strategy):
 
     def _accumulate(self, batch: MicroBatch) -> torch.Tensor:
         loss, reported = hf.training_losses(
-            self._engine, batch, self._device, balance=self._balance, criterion=self._criterion
+            self._engine, batch, self._device, balance=self._balance, criterion=self._part.loss
         )
-        self._engine.backward(loss)
+        # Over the parts of a sequence gradients are summed, not averaged.
+        self._engine.backward(loss / self._plan.cp)
         self._engine.step()
         return reported
 
@@ -112,7 +112,7 @@ class DeepSpeedStrategy(Strategy):
         self._engine.eval()
         with torch.no_grad():
             losses = [
-                hf.model_loss(self._engine, batch, self._device, criterion=self._criterion)
+                hf.model_loss(self._engine, batch, self._device, criterion=self._part.loss)
                 for batch in batches
             ]
         self._engine.train()
@@ -130,11 +130,9 @@ class DeepSpeedStrategy(Strategy):
 
     def teardown(self) -> None:
         """Free the engine's hooks, buffers and groups."""
-        from strategies.deepspeed import grid
-
         self._engine.destroy()
-        del self._engine
-        grid.forget_groups()
+        self._part.close()
+        del self._engine, self._part
 
     @classmethod
     def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:

@@ -22,7 +22,7 @@ CAPABILITIES = Capabilities(
         ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=12, gathered=4),
         ("bf16", 3): StateBytes(weights=2, gradients=4, optimizer=12, gathered=2),
     },
-    degrees=frozenset({"tp", "pp", "ep"}),
+    degrees=frozenset({"tp", "pp", "cp", "ep"}),
     uneven_pipeline=True,
     fills_pipeline=True,
     buffer_elements=BUCKET_ELEMENTS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,54 +11,75 @@ import torch
 
 from strategies import hf
 from strategies.deepspeed import grid as grids
+from strategies.deepspeed import sequences, sharding
 from strategies.deepspeed.settings import partition_words
 from strategies.deepspeed.stages import Pipeline, keep_stage
 from strategies.model_spec import ModelSpec
-from strategies.spec import Plan
+from strategies.spec import Plan, TrainingSpec
 
 
-def build(weights: Path, model: ModelSpec, plan: Plan, config: Mapping[str, Any]) -> tuple[Any, Any | None]:
-    """Return the module that DeepSpeed trains, and the grid of ranks where it has axes beside data parallelism."""
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What DeepSpeed gets of one rank."""
+
+    plan: Plan
+    module: Any  # what it trains
+    model: Any  # transformers' model in there
+    grid: Any | None = None  # of stages, data and tensor parallel ranks, where there are any of these but data
+    mpu: Any | None = None  # what DeepSpeed asks for its groups; None: it has all it needs
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy over this rank's tokens, all data parallel ranks' of which are equally many."""
+        if self.plan.cp > 1:
+            labels = sequences.part(labels, self.plan)
+        if self.plan.tp > 1:
+            return sharding.loss(logits, labels, self.model.get_output_embeddings())
+        return hf.loss(logits, labels)
+
+    def close(self) -> None:
+        """Undo what the whole process sees."""
+        if self.plan.cp > 1:
+            sequences.restore_attention(self.model)
+        grids.forget_groups()
+
+
+def load(weights: Path, model: ModelSpec, plan: Plan, training: TrainingSpec, config: Mapping[str, Any]) -> Part:
+    """Load this rank's part of the model."""
     if plan.pp > 1:
-        pipeline = _build_pipeline(weights, model, plan)
-        return pipeline, pipeline.mpu()
+        return _load_stage(weights, model, plan)
+    return arrange(_load_whole(weights, model, plan, config), plan, training)
+
+
+def arrange(whole: Any, plan: Plan, training: TrainingSpec) -> Part:
+    """Keep of a model without stages what this rank trains."""
+    hf.enable_recompute(whole, plan)
+    words: dict[str, Any] = {"plan": plan, "module": whole, "model": whole}
+    if plan.cp > 1:
+        return Part(**words, mpu=sequences.split(whole, plan, training))
     if plan.tp > 1:
         grid = grids.open_grid(plan)
-        return _finish(hf.build_model(weights, model), plan, grid), grid
-    return _finish(_build_whole(weights, model, config), plan, None), None
+        sharding.shard(whole, partition_words(), grid.get_slice_parallel_group())
+        return Part(**words, grid=grid, mpu=grid)
+    return Part(**words)
 
 
-def loss(network: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over all tokens; with tensor parallelism `logits` are a part of the vocabulary's."""
-    head = network.get_output_embeddings()
-    if not hasattr(head, "vocab_start_index"):
-        return hf.loss(logits, labels)
-    from strategies.deepspeed import sharding
+def _load_stage(weights: Path, model: ModelSpec, plan: Plan) -> Part:
+    def build(grid: Any) -> Any:
+        stage = hf.build_part(weights, model, lambda whole: keep_stage(whole, plan, grid.get_stage_id()))
+        hf.enable_recompute(stage, plan)
+        if plan.tp > 1:
+            sharding.shard(stage, partition_words(), grid.get_slice_parallel_group())
+        return stage
 
-    return sharding.loss(logits, labels, head)
-
-
-def _build_pipeline(weights: Path, model: ModelSpec, plan: Plan) -> Pipeline:
-    def build_stage(grid: Any) -> Any:
-        part = hf.build_part(weights, model, lambda whole: keep_stage(whole, plan, grid.get_stage_id()))
-        return _finish(part, plan, grid)
-
-    return Pipeline(plan, build_stage, loss, tied=model.tied_embeddings)
+    pipeline = Pipeline(plan, build, tied=model.tied_embeddings)
+    part = Part(plan=plan, module=pipeline, model=pipeline.network, grid=pipeline.mpu())
+    pipeline.loss_fn = part.loss
+    return part
 
 
-def _finish(network: Any, plan: Plan, grid: Any | None) -> Any:
-    hf.enable_recompute(network, plan)
-    if plan.tp > 1:
-        from strategies.deepspeed import sharding
-
-        assert grid is not None
-        sharding.shard(network, partition_words(), grid.get_slice_parallel_group())
-    return network
-
-
-def _build_whole(weights: Path, model: ModelSpec, config: Mapping[str, Any]) -> Any:
+def _load_whole(weights: Path, model: ModelSpec, plan: Plan, config: Mapping[str, Any]) -> Any:
     """Load the weights; under ZeRO-3 straight into shards, so that no rank ever holds the whole model."""
-    if config["zero_optimization"]["stage"] < 3:
+    if plan.zero_stage < 3 or plan.tp > 1:  # what tensor parallelism cuts up must be there
         return hf.build_model(weights, model)
     from transformers.integrations import HfDeepSpeedConfig
 

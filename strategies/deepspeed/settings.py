@@ -27,6 +27,7 @@ def to_deepspeed_config(plan: Plan, model: ModelSpec, training: TrainingSpec) ->
         "timers": {"throughput": {"enabled": False}},
         **_precision(plan),
         **_experts(plan, model),
+        **({"sequence_parallel_size": plan.cp} if plan.cp > 1 else {}),
     }
     return merge(config, plan.engine)
 

@@ -40,19 +40,11 @@ class Stage(torch.nn.Module):  # type: ignore[misc]
 class Pipeline(PipelineModule):  # type: ignore[misc]
     """One `Stage` a pipeline rank; parameters are named as in the whole model."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        build: Callable[[Any], PreTrainedModel],
-        loss: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor],
-        *,
-        tied: bool,
-    ) -> None:
+    def __init__(self, plan: Plan, build: Callable[[Any], PreTrainedModel], *, tied: bool) -> None:
         with redirect_stdout(StringIO()):  # it prints topology and partition
             super().__init__(
                 layers=[LayerSpec(Stage, lambda: build(self._grid))] * plan.pp,
                 topology=grid.topology_of(plan),
-                loss_fn=lambda logits, labels: loss(self.network, logits, labels),
                 partition_method="uniform",
             )
         self._tied_group = self._open_tied_group() if tied else None
