@@ -74,6 +74,10 @@ class Execution:
         True  # tensor parallel ranks each send a part to the next stage, which gathers it there
     )
     overlap_pp: bool = False  # messages between stages beside computation
+    reduces_after_pipeline: bool = False  # gradients of a pipeline are reduced when it has run dry
+    # Context parallel ranks swap their parts of the sequence for parts of the heads (Ulysses, arXiv 2309.14509), where
+    # otherwise keys and values go round a ring.
+    heads_over_cp: bool = False
     overlap_ep: bool = False  # tokens to experts of one micro-batch beside the computation of another
     # Tokens of the rank with the busiest experts, over the mean: 1 is a router that spreads them evenly.
     expert_imbalance: float = 1.0
@@ -127,6 +131,7 @@ class Capabilities:
     # ZeRO cuts a layer's experts between, never inside, one of them (FSDP2 cuts the first dimension, and transformers
     # keeps a layer's experts in one tensor): with more ranks than experts, some ranks hold a whole one.
     shards_whole_experts: bool = False
+    copies_kv_heads: bool = True  # where tensor parallel ranks are more than key/value heads
     fills_pipeline: bool = False  # a pipeline needs at least as many micro-batches as stages
     shards_single_rank: bool = True  # do ZeRO stages above 0 exist where there is nothing to shard over?
     # Keys of the plan in which load() accepts a checkpoint of another plan.

@@ -94,9 +94,7 @@ def build_empty_model(weights: Path, model: ModelSpec) -> PreTrainedModel:
     return _for_training(network)
 
 
-def build_part(
-    weights: Path, model: ModelSpec, keep: Callable[[PreTrainedModel], None]
-) -> PreTrainedModel:
+def build_part(weights: Path, model: ModelSpec, keep: Callable[[PreTrainedModel], None]) -> PreTrainedModel:
     """Load what `keep` leaves of the model: nothing else is ever read, or held."""
     network = _build_on_meta(weights, model)
     keep(network)
@@ -140,7 +138,9 @@ def _fill(network: PreTrainedModel, weights: Path) -> None:
         # A head that is tied is not stored.
         source = name if name in files else network._tied_weights_keys.get(name, name)
         if source not in files:
-            raise ValueError(f"weights={weights} lacks the tensor '{source}'; use the model these weights belong to")
+            raise ValueError(
+                f"weights={weights} lacks the tensor '{source}'; use the model these weights belong to"
+            )
         with safe_open(weights / files[source], framework="pt") as file:
             parameter.data.copy_(file.get_tensor(source))
 
@@ -153,7 +153,9 @@ def _file_by_tensor(weights: Path) -> dict[str, str]:
         files: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return files
     if not single.is_file():
-        raise ValueError(f"weights={weights} holds no safetensors, of which a part could be read; convert it first")
+        raise ValueError(
+            f"weights={weights} holds no safetensors, of which a part could be read; convert it first"
+        )
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), single.name)
 

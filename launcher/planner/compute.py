@@ -239,7 +239,7 @@ class Compute:
         mla = self._model.mla
         width = mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else self._model.head_size
         shape *= (1 + 32 / width) / 1.25
-        if plan.cp > 1:
+        if plan.cp > 1 and not execution.heads_over_cp:
             shape /= efficiency.ring_attention ** math.log2(plan.cp)
         forward = flops * shape / (peak_flops(self._gpu, precision) * share)
         backward = _ATTENTION_BACKWARD * forward / efficiency.attention_backward

@@ -120,15 +120,26 @@ def _valid_degrees(problem: Problem, key: str, capabilities: Capabilities) -> li
             if capabilities.uneven_pipeline
             else divisors(model.num_layers)
         )
-    # Ring attention halves each rank's piece once more, to balance the causal mask.
     sequence = problem.training.sequence_length
+    if capabilities.execution.heads_over_cp:
+        return [
+            value for value in divisors(model.num_attention_heads) if _swaps_heads(model, sequence, value)
+        ]
+    # Ring attention halves each rank's piece once more, to balance the causal mask.
     return [1] + [value for value in divisors(sequence // 2) if value > 1 and sequence % (2 * value) == 0]
 
 
+def _swaps_heads(model: ModelSpec, sequence_length: int, cp: int) -> bool:
+    """Say whether Ulysses can deal out heads and sequence; fewer key/value heads than ranks are copied."""
+    return sequence_length % cp == 0 and not (model.kv_heads % cp and cp % model.kv_heads)
+
+
 def _undivided(model: ModelSpec, capabilities: Capabilities, tp: int) -> str | None:
-    """Name what `tp` does not divide, or None. Fewer key/value heads than ranks are copied."""
+    """Name what `tp` does not divide, or None. Fewer key/value heads than ranks are copied, where the engine does."""
     if model.num_attention_heads % tp or (model.kv_heads % tp and tp % model.kv_heads):
         return f"model.num_attention_heads={model.num_attention_heads}"
+    if model.kv_heads % tp and not capabilities.copies_kv_heads:
+        return f"model.num_kv_heads={model.kv_heads}"
     if model.ffn_hidden_size % tp:
         return f"model.ffn_hidden_size={model.ffn_hidden_size}"
     if not capabilities.vocabulary_multiple and model.vocab_size % tp:
@@ -273,6 +284,8 @@ def _misfit(problem: Problem, key: str, capabilities: Capabilities) -> str:
     model, value = problem.model, getattr(problem.request, key)
     if key == "tp":
         return f"does not divide {_undivided(model, capabilities, value)}"
+    if key == "cp" and capabilities.execution.heads_over_cp:
+        return f"cannot share out model.num_attention_heads={model.num_attention_heads} and the sequence"
     if key == "cp":
         return f"does not divide half of training.sequence_length={problem.training.sequence_length}"
     if capabilities.uneven_pipeline:

@@ -137,10 +137,18 @@ class StepTimer:
         return 2 * layers * 2 * sum_s * (1 - self._efficiency.tp_overlap * self._execution.overlap_tp)
 
     def _context_s(self, plan: Plan, stage: StageShape, group: Group) -> float:
-        """Ring attention: keys and values travel round the ring beside the attention of the block at hand."""
+        """Ring attention: keys and values travel round the ring beside the attention of the block at hand.
+
+        Ulysses: queries, keys and values come whole for some heads, and the context goes back, two times with the
+        backward pass; nothing is left to hide these exchanges.
+        """
         if plan.cp == 1:
             return 0.0
         model = self._model
+        if self._execution.heads_over_cp:
+            heads = 2 * (model.num_attention_heads + max(plan.cp, model.kv_heads)) * model.head_size
+            sent = self._message_bytes(plan) * heads / model.hidden_size / plan.tp
+            return 2 * stage.num_layers * group.all_to_all_s(sent, calls=4)
         width = 2 * model.kv_heads * model.head_size / plan.tp / model.hidden_size
         ring = (plan.cp - 1) * group.send_s(self._message_bytes(plan) * width)
         attention = self.compute.layer(plan, moe=stage.dense_layers == 0).parts["core_attn"]
@@ -206,9 +214,10 @@ class StepTimer:
         else:
             reduce = sum(group.all_reduce_s(count * wire, calls=layers) for count, group in moved)
             gather = 0.0
-        return (
-            self._exposed(reduce, backward, layers) if self._execution.overlap_gradients else reduce
-        ) + gather
+        beside = self._execution.overlap_gradients and not (
+            plan.pp > 1 and self._execution.reduces_after_pipeline
+        )
+        return (self._exposed(reduce, backward, layers) if beside else reduce) + gather
 
     def _sharded_s(
         self,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from strategies import hf, process
 from strategies.base import StepResult, Strategy
 from strategies.deepspeed.capabilities import CAPABILITIES
-from strategies.deepspeed.settings import to_deepspeed_config
+from strategies.deepspeed.settings import summed_parts, to_deepspeed_config
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -40,7 +40,8 @@ class DeepSpeedStrategy(Strategy):
         config = self._enter(plan, model, training)
         from strategies.deepspeed import network
 
-        self._part = network.load(weights, model, plan, training, config)
+        source = network.source_of(weights, model, plan, config)
+        self._part = network.build(source, model, plan, training)
         self._initialize(training, config)
 
     def _enter(self, plan: Plan, model: ModelSpec, training: TrainingSpec) -> dict[str, Any]:
@@ -62,18 +63,22 @@ class DeepSpeedStrategy(Strategy):
     def _initialize(self, training: TrainingSpec, config: dict[str, Any]) -> None:
         import deepspeed
 
-        from strategies.deepspeed import experts, norms
+        from strategies.deepspeed import experts, norms, sequences
 
-        part = self._part
+        part, self._summed_parts = self._part, summed_parts(self._plan, config)
         self._balance = hf.balance_coefficient(part.model)
 
         def create_optimizer(_: Any) -> torch.optim.Optimizer:
-            return _create_optimizer(part.module, self._plan, training)  # by then AutoEP has put its own experts in
+            return _create_optimizer(
+                part.module, self._plan, training
+            )  # by then AutoEP has put its own experts in
 
         with redirect_stdout(StringIO()), experts.router_logits_found():  # it prints memory tables
             self._engine, *_ = deepspeed.initialize(
                 model=part.module, optimizer=create_optimizer, config=config, mpu=part.mpu
             )
+        if self._plan.cp > 1:
+            sequences.count_as_data(self._engine)
         if self._plan.zero_stage == 0:
             norms.clip_without_zero(self._engine, part.grid)
 
@@ -94,8 +99,7 @@ class DeepSpeedStrategy(Strategy):
         loss, reported = hf.training_losses(
             self._engine, batch, self._device, balance=self._balance, criterion=self._part.loss
         )
-        # Over the parts of a sequence gradients are summed, not averaged.
-        self._engine.backward(loss / self._plan.cp)
+        self._engine.backward(loss / self._summed_parts)
         self._engine.step()
         return reported
 
@@ -137,17 +141,26 @@ class DeepSpeedStrategy(Strategy):
     @classmethod
     def inspect(cls, plan: Plan, model: ModelSpec, training: TrainingSpec, *, rank: int) -> Inspection:
         """Set up and step as one rank of a world that is not there."""
-        from strategies.deepspeed import inspect as inspection
         from strategies.fake_world import empty_batches, fake_world
 
-        # A longer step holds no more than two micro-batches do.
-        plan, strategy = replace(plan, num_microbatches=min(plan.num_microbatches, 2)), cls()
+        if plan.ep > 1:
+            raise ValueError(
+                f"plan.ep={plan.ep} cannot be verified: how many tokens reach each expert's rank depends on values"
+            )
+        # A longer step holds no more micro-batches than these.
+        plan = replace(plan, num_microbatches=min(plan.num_microbatches, max(2, plan.pp)))
         _import_deepspeed()
-        with fake_world(rank=rank, world_size=plan.world_size) as ledger, inspection.agreeing_ranks():
+        from strategies.deepspeed import inspect as inspection
+        from strategies.deepspeed import network
+
+        strategy = cls()
+        with (
+            fake_world(rank=rank, world_size=plan.world_size) as ledger,
+            inspection.stand_ins(plan, training),
+        ):
             config = strategy._enter(plan, model, training)
-            with inspection.sharded_building(config):
-                network = hf.build_unfilled_model(model)
-            strategy._initialize(network, training, config)
+            strategy._part = network.build(inspection.source_of(model, plan, config), model, plan, training)
+            strategy._initialize(training, config)
             batches = empty_batches(plan, training)
             found = inspection.inspect(
                 ledger, strategy._engine, lambda: strategy.train_step(batches, learning_rate=0.0)

@@ -1,10 +1,70 @@
-"""DeepSpeed 0.19.8 as the planner knows it: what it can do."""
+"""DeepSpeed 0.19.8 as the planner knows it: what it can do. Files below are named as they lie in `deepspeed/`."""
 
 from __future__ import annotations
 
-from strategies.base import Capabilities, StateBytes
+from strategies.base import Capabilities, Execution, StateBytes
 from strategies.deepspeed.keys import ACCEPTED, OWNED, UNPRICED, UNUSED
 from strategies.deepspeed.settings import BUCKET_ELEMENTS
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan
+
+# Families whose layers are named and wired as Llama's: those were trained with every degree.
+DENSE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+# Families with a preset of AutoEP whose routing is that of transformers (module_inject/auto_ep_presets).
+MIXTURES = frozenset({"mixtral", "qwen3_moe"})
+
+# runtime/engine.py and module_inject/auto_ep_folding.py know some of these pairs; none of them was seen training.
+_APART = (("cp", "tp"), ("cp", "pp"), ("cp", "ep"), ("ep", "tp"), ("ep", "pp"))
+
+
+def _degrees_that_do_not_meet(plan: Plan) -> str | None:
+    for one, other in _APART:
+        if getattr(plan, one) > 1 and getattr(plan, other) > 1:
+            return (
+                f"{plan.strategy} does not combine plan.{one}={getattr(plan, one)} with "
+                f"plan.{other}={getattr(plan, other)} here; use plan.{one}=1 or plan.{other}=1"
+            )
+    return None
+
+
+def _pipeline_shards_no_gradients(plan: Plan) -> str | None:
+    # runtime/pipe/engine.py asserts it: gradients would be reduced after every micro-batch.
+    if plan.pp > 1 and plan.zero_stage >= 2:
+        return (
+            f"{plan.strategy} cannot combine plan.zero_stage={plan.zero_stage} with plan.pp={plan.pp}; "
+            "use plan.zero_stage in 0, 1"
+        )
+    return None
+
+
+def _degrees_of_dense_families(plan: Plan, model: ModelSpec) -> str | None:
+    for degree in ("tp", "pp", "cp"):
+        if getattr(plan, degree) > 1 and model.model_type not in DENSE:
+            return (
+                f"{plan.strategy} has plan.{degree}={getattr(plan, degree)} for {', '.join(sorted(DENSE))} only, not "
+                f"for model.model_type={model.model_type}; use plan.{degree}=1"
+            )
+    return None
+
+
+def _experts_of_known_families(plan: Plan, model: ModelSpec) -> str | None:
+    if plan.ep > 1 and model.model_type not in MIXTURES:
+        return (
+            f"{plan.strategy} has plan.ep={plan.ep} for {', '.join(sorted(MIXTURES))} only, not "
+            f"for model.model_type={model.model_type}; use plan.ep=1"
+        )
+    return None
+
+
+def _ulysses_sees_the_whole_sequence(plan: Plan, model: ModelSpec) -> str | None:
+    # runtime/sequence_parallel/ulysses_sp.py, uattn_wrapper, drops the mask that holds the window.
+    if plan.cp > 1 and model.sliding_window:
+        return (
+            f"{plan.strategy} forgets model.sliding_window={model.sliding_window} with plan.cp={plan.cp}; "
+            "use plan.cp=1"
+        )
+    return None
+
 
 CAPABILITIES = Capabilities(
     zero_stages=frozenset({0, 1, 2, 3}),
@@ -24,7 +84,14 @@ CAPABILITIES = Capabilities(
     },
     degrees=frozenset({"tp", "pp", "cp", "ep"}),
     uneven_pipeline=True,
-    fills_pipeline=True,
+    copies_kv_heads=False,  # AutoTP gives the ranks beyond them no heads at all
+    execution=Execution(split_messages=False, reduces_after_pipeline=True, heads_over_cp=True),
+    rules=(_degrees_that_do_not_meet, _pipeline_shards_no_gradients),
+    model_rules=(
+        _degrees_of_dense_families,
+        _experts_of_known_families,
+        _ulysses_sees_the_whole_sequence,
+    ),
     buffer_elements=BUCKET_ELEMENTS,
     offload_optimizer_stages=frozenset({1, 2, 3}),
     offload_parameters_stages=frozenset({3}),

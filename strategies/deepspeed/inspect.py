@@ -3,38 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from strategies import hf
+from strategies.deepspeed.network import Source
 from strategies.fake_world import Ledger, follow, optimizer_state, storage_bytes
 from strategies.inspection import Inspection
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
 
 # Where ZeRO keeps gradients that it has reduced: stages 1 and 2, and stage 3 (stage_1_and_2.py, stage3.py).
 _REDUCED = ("averaged_gradients", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
 
 
 @contextmanager
-def agreeing_ranks() -> Iterator[None]:
-    """Let ZeRO-3 believe that all ranks run the same layers; it would compare them by value."""
+def stand_ins(plan: Plan, training: TrainingSpec) -> Iterator[None]:
+    """Answer for the other ranks where DeepSpeed asks for values."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 
-    with mock.patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda *_, **__: None):
+    def receive_meta(engine: Any, _: int) -> torch.Tensor:
+        shape = (plan.micro_batch_size, training.sequence_length, engine.module.network.config.hidden_size)
+        return torch.empty(shape, dtype=engine.module.network.dtype)
+
+    with ExitStack() as stack:
+        for target, name, replacement in (
+            # All ranks run the same layers, which ZeRO-3 would compare by value.
+            (coordinator, "assert_ints_same_as_other_ranks", lambda *_, **__: None),
+            (PipelineEngine, "_recv_tensor_meta", receive_meta),
+        ):
+            stack.enter_context(mock.patch.object(target, name, replacement))
         yield
 
 
-def sharded_building(config: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """Cut each layer up as soon as it is built, where the configuration says ZeRO-3."""
+def source_of(model: ModelSpec, plan: Plan, config: Mapping[str, Any]) -> Source:
+    """Make models that have shapes and no weights; under ZeRO-3 each layer is cut up as soon as it is built."""
     import deepspeed
 
-    sharded = config["zero_optimization"]["stage"] == 3
-    context: AbstractContextManager[Any] = deepspeed.zero.Init(
-        config_dict_or_path=dict(config), enabled=sharded
-    )
-    return context
+    def whole() -> Any:
+        sharded = plan.zero_stage == 3 and plan.tp == 1
+        with deepspeed.zero.Init(config_dict_or_path=dict(config)) if sharded else nullcontext():
+            return hf.build_unfilled_model(model)
+
+    def stage(keep: Callable[[Any], None]) -> Any:
+        network = hf.build_unfilled_model(model)
+        keep(network)
+        return network
+
+    return Source(whole=whole, stage=stage)
 
 
 def inspect(ledger: Ledger, engine: Any, step: Callable[[], Any]) -> Inspection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ class Part:
     plan: Plan
     module: Any  # what it trains
     model: Any  # transformers' model in there
-    grid: Any | None = None  # of stages, data and tensor parallel ranks, where there are any of these but data
+    grid: Any | None = (
+        None  # of stages, data and tensor parallel ranks, where there are any of these but data
+    )
     mpu: Any | None = None  # what DeepSpeed asks for its groups; None: it has all it needs
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,15 +45,27 @@ class Part:
         grids.forget_groups()
 
 
-def load(weights: Path, model: ModelSpec, plan: Plan, training: TrainingSpec, config: Mapping[str, Any]) -> Part:
-    """Load this rank's part of the model."""
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where transformers' models come from: `whole` makes one, `stage` one that a function has pruned."""
+
+    whole: Callable[[], Any]
+    stage: Callable[[Callable[[Any], None]], Any]
+
+
+def source_of(weights: Path, model: ModelSpec, plan: Plan, config: Mapping[str, Any]) -> Source:
+    """Read the folder `weights`."""
+    return Source(
+        whole=lambda: _load_whole(weights, model, plan, config),
+        stage=lambda keep: hf.build_part(weights, model, keep),
+    )
+
+
+def build(source: Source, model: ModelSpec, plan: Plan, training: TrainingSpec) -> Part:
+    """Build this rank's part of the model."""
     if plan.pp > 1:
-        return _load_stage(weights, model, plan)
-    return arrange(_load_whole(weights, model, plan, config), plan, training)
-
-
-def arrange(whole: Any, plan: Plan, training: TrainingSpec) -> Part:
-    """Keep of a model without stages what this rank trains."""
+        return _build_stage(source, model, plan)
+    whole = source.whole()
     hf.enable_recompute(whole, plan)
     words: dict[str, Any] = {"plan": plan, "module": whole, "model": whole}
     if plan.cp > 1:
@@ -63,15 +77,15 @@ def arrange(whole: Any, plan: Plan, training: TrainingSpec) -> Part:
     return Part(**words)
 
 
-def _load_stage(weights: Path, model: ModelSpec, plan: Plan) -> Part:
-    def build(grid: Any) -> Any:
-        stage = hf.build_part(weights, model, lambda whole: keep_stage(whole, plan, grid.get_stage_id()))
+def _build_stage(source: Source, model: ModelSpec, plan: Plan) -> Part:
+    def build_stage(grid: Any) -> Any:
+        stage = source.stage(lambda whole: keep_stage(whole, plan, grid.get_stage_id()))
         hf.enable_recompute(stage, plan)
         if plan.tp > 1:
             sharding.shard(stage, partition_words(), grid.get_slice_parallel_group())
         return stage
 
-    pipeline = Pipeline(plan, build, tied=model.tied_embeddings)
+    pipeline = Pipeline(plan, build_stage, tied=model.tied_embeddings)
     part = Part(plan=plan, module=pipeline, model=pipeline.network, grid=pipeline.mpu())
     pipeline.loss_fn = part.loss
     return part

@@ -1,7 +1,8 @@
-"""The norm of all gradients, over stages and parts, and clipping by it: where there is no ZeRO, DeepSpeed's own is wrong.
+"""The norm of all gradients, over stages and parts, and clipping by it: without ZeRO, DeepSpeed's own is wrong.
 
-`runtime/utils.py`, clip_grad_norm_, counts replicated parameters only on the first rank of stages and parts together, so
-that of a pipeline only the first stage counts; experts it counts on every rank, and averages. It imports DeepSpeed.
+`runtime/utils.py`, clip_grad_norm_, counts replicated parameters only on the first rank of stages and parts together,
+so that of a pipeline only the first stage counts; and the norm of experts it averages over ranks that hold different
+ones. It imports DeepSpeed; import it late.
 """
 
 from __future__ import annotations
@@ -31,11 +32,19 @@ def clip_without_zero(engine: Any, grid: Any | None) -> None:
 
 def total_norm(engine: Any, grid: Any | None) -> torch.Tensor:
     """Return the L2 norm of the gradients of the whole model; every rank of a model calls it."""
-    shared, parted, experts = [], [], []
+    shared: list[torch.Tensor] = []
+    parted: list[torch.Tensor] = []
+    experts: list[torch.Tensor] = []
     for parameter in engine.module.parameters():
         if parameter.grad is None or getattr(parameter, "ds_pipe_replicated", False):
             continue
-        kind = experts if is_moe_param(parameter) else parted if is_model_parallel_parameter(parameter) else shared
+        kind = (
+            experts
+            if is_moe_param(parameter)
+            else parted
+            if is_model_parallel_parameter(parameter)
+            else shared
+        )
         kind.append(parameter.grad)
     total = _square(engine, parted)
     if grid is None or grid.get_slice_parallel_rank() == 0:

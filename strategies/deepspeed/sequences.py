@@ -25,13 +25,24 @@ def split(network: Any, plan: Plan, training: TrainingSpec) -> Any:
         seq_length_is_variable=False,
     )
 
-    def take_part(_: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def take_part(
+        _: Any, args: tuple[Any, ...], inputs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tokens = inputs["input_ids"]
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return args, {**inputs, "input_ids": part(tokens, plan), "position_ids": part(positions, plan)}
 
     network.register_forward_pre_hook(take_part, with_kwargs=True)
     return mpu
+
+
+def count_as_data(engine: Any) -> None:
+    """Let the bf16 optimizer take norms over data parallel ranks alone.
+
+    It takes ranks of one sequence for tensor parallel ones (runtime/bf16_optimizer.py, get_norm_for_all_local_params),
+    which hold different parameters.
+    """
+    engine.optimizer.mpu = None
 
 
 def part(tokens: torch.Tensor, plan: Plan) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from strategies.engine_options import merge
@@ -46,6 +47,16 @@ def _experts(plan: Plan, model: ModelSpec) -> dict[str, Any]:
     return {"expert_parallel": section}
 
 
+def summed_parts(plan: Plan, config: Mapping[str, Any]) -> int:
+    """Return of how many ranks' sequences DeepSpeed sums gradients where it should average them.
+
+    It divides by the data parallel ranks alone; only ZeRO-3 divides by all where it scatters (runtime/zero/stage3.py,
+    __avg_scatter_grads, unlike __avg_scatter_contiguous_grads).
+    """
+    zero = config["zero_optimization"]
+    return 1 if zero["stage"] == 3 and zero.get("reduce_scatter", True) else plan.cp
+
+
 def partition_words() -> dict[str, Any]:
     """Return what AutoTP cuts by columns and by rows, and whose gradients tensor parallel ranks add up.
 
@@ -70,7 +81,7 @@ def _zero(plan: Plan, model: ModelSpec) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": plan.zero_stage}
     if plan.zero_stage == 0:
         return section
-    bucket = min(BUCKET_ELEMENTS, model.num_parameters)
+    bucket = min(BUCKET_ELEMENTS, model.num_parameters // (plan.tp * plan.pp))
     section["reduce_bucket_size"] = bucket
     if plan.zero_stage == 3:
         # By default up to 1e9 gathered elements stay alive, which is most of a small model.

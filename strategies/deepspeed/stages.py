@@ -56,7 +56,7 @@ class Pipeline(PipelineModule):  # type: ignore[misc]
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield the names of the whole model, which other plans know."""
-        return self.network.named_parameters(*args, **kwargs)
+        yield from self.network.named_parameters(*args, **kwargs)
 
     def get_tied_weights_and_groups(self) -> list[tuple[torch.nn.Parameter, Any]]:
         """Return what the engine sums over the first and the last stage: the table of tokens and its copy, the head."""
