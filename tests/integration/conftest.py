@@ -49,6 +49,8 @@ _EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_ffn_hidden_siz
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": _DENSE,
     "deep": {**_DENSE, "num_layers": 4},
+    "tied": {**_DENSE, "num_layers": 4, "tied_embeddings": True},
+    "heads": {**_DENSE, "num_layers": 4, "num_kv_heads": 4},
     "mixture": {**_DENSE, "model_type": "mixtral", "moe": _EXPERTS},
     # One layer with experts, and a loss that balances them: so the engines' formulas are the same.
     "balanced": {

@@ -1,11 +1,95 @@
-"""What the planner may ask of DeepSpeed."""
+"""What the planner may ask of DeepSpeed, and the sentences for what it may not."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from strategies.deepspeed import CAPABILITIES
+from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan
+
+PLAN = Plan(strategy="deepspeed", dp=4)
+DENSE = ModelSpec(
+    name="dense",
+    model_type="llama",
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    ffn_hidden_size=64,
+    vocab_size=64,
+    max_position_embeddings=32,
+)
+MIXTURE = replace(DENSE, model_type="mixtral", moe=MoeSpec(num_experts=4, top_k=2, expert_ffn_hidden_size=64))
+
+ALLOWED: list[tuple[ModelSpec, dict[str, Any]]] = [
+    *((DENSE, {"tp": 2, "zero_stage": stage}) for stage in range(4)),
+    *((DENSE, {"cp": 2, "zero_stage": stage}) for stage in range(4)),
+    *((MIXTURE, {"ep": 2, "zero_stage": stage}) for stage in range(4)),
+    *((DENSE, {"pp": 2, "tp": 2, "zero_stage": stage}) for stage in range(2)),
+    (DENSE, {"pp": 2, "pipeline_split": (3, 1), "recompute": "full"}),
+    (replace(DENSE, model_type="gpt2"), {"zero_stage": 3}),
+]
+REFUSED: list[tuple[ModelSpec, dict[str, Any], str]] = [
+    (
+        DENSE,
+        {"pp": 2, "zero_stage": 2},
+        "deepspeed cannot combine plan.zero_stage=2 with plan.pp=2; use plan.zero_stage in 0, 1",
+    ),
+    (
+        DENSE,
+        {"cp": 2, "tp": 2},
+        "deepspeed does not combine plan.cp=2 with plan.tp=2 here; use plan.cp=1 or plan.tp=1",
+    ),
+    (
+        DENSE,
+        {"cp": 2, "pp": 2},
+        "deepspeed does not combine plan.cp=2 with plan.pp=2 here; use plan.cp=1 or plan.pp=1",
+    ),
+    (
+        MIXTURE,
+        {"ep": 2, "tp": 2},
+        "deepspeed does not combine plan.ep=2 with plan.tp=2 here; use plan.ep=1 or plan.tp=1",
+    ),
+    (
+        MIXTURE,
+        {"tp": 2},
+        "deepspeed has plan.tp=2 for llama, mistral, qwen2, qwen3 only, not for model.model_type=mixtral; "
+        "use plan.tp=1",
+    ),
+    (
+        replace(MIXTURE, model_type="deepseek_v3"),
+        {"ep": 2},
+        "deepspeed has plan.ep=2 for mixtral, qwen3_moe only, not for model.model_type=deepseek_v3; use plan.ep=1",
+    ),
+    (
+        replace(DENSE, model_type="mistral", sliding_window=16),
+        {"cp": 2},
+        "deepspeed forgets model.sliding_window=16 with plan.cp=2; use plan.cp=1",
+    ),
+    (DENSE, {"vp": 2, "pp": 2}, "deepspeed does not offer plan.vp=2 here; use plan.vp=1"),
+    (
+        DENSE,
+        {"precision": "fp16"},
+        "deepspeed cannot train in training.precision=fp16; use one of bf16, fp32",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"), ALLOWED, ids=lambda value: getattr(value, "model_type", str(value))
+)
+def test_what_it_can_do(model: ModelSpec, changes: dict[str, Any]) -> None:
+    assert CAPABILITIES.why_not(replace(PLAN, **changes), model) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "sentence"), REFUSED, ids=[sentence[:70] for *_, sentence in REFUSED]
+)
+def test_what_it_cannot_do(model: ModelSpec, changes: dict[str, Any], sentence: str) -> None:
+    assert CAPABILITIES.why_not(replace(PLAN, **changes), model) == sentence
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

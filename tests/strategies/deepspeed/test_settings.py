@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from strategies.deepspeed import CAPABILITIES
-from strategies.deepspeed.settings import BUCKET_ELEMENTS, to_deepspeed_config
-from strategies.model_spec import ModelSpec
+from strategies.deepspeed.settings import (
+    BUCKET_ELEMENTS,
+    partition_words,
+    summed_parts,
+    to_deepspeed_config,
+)
+from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "deepspeed"
@@ -25,6 +31,12 @@ LARGE = ModelSpec(
     vocab_size=32000,
     max_position_embeddings=4096,
 )
+MIXTURE = replace(
+    LARGE,
+    model_type="mixtral",
+    moe=MoeSpec(num_experts=8, top_k=2, expert_ffn_hidden_size=11008, normalize_top_k=False),
+)
+PARTITION = "partition"
 PLANS: dict[str, dict[str, Any]] = {
     "zero0_fp32": {"zero_stage": 0, "precision": "fp32"},
     "zero0_bf16": {"zero_stage": 0},
@@ -33,6 +45,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "zero2_bf16_offload": {"zero_stage": 2, "offload_optimizer": True},
     "zero3_bf16": {"zero_stage": 3},
     "zero3_bf16_offload": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    "tp8_zero1_bf16": {"zero_stage": 1, "tp": 8},
+    "pp4_tp2_zero1_fp32": {"zero_stage": 1, "pp": 4, "tp": 2, "precision": "fp32"},
+    "ulysses4_zero3_bf16": {"zero_stage": 3, "cp": 4},
+    "mixtral_ep8_zero2_bf16": {"zero_stage": 2, "ep": 8},
     "zero3_engine_keys": {
         "zero_stage": 3,
         "engine": {
@@ -43,9 +59,14 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str) -> dict[str, Any]:
+def plan_of(name: str) -> Plan:
     split = {"strategy": "deepspeed", "dp": 8, "micro_batch_size": 4, "num_microbatches": 16}
-    return to_deepspeed_config(Plan(**{**split, **PLANS[name]}), LARGE, TRAINING)
+    return Plan(**{**split, **PLANS[name]})
+
+
+def config_of(name: str) -> dict[str, Any]:
+    plan = plan_of(name)
+    return to_deepspeed_config(plan, LARGE if plan.ep == 1 else MIXTURE, TRAINING)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -54,14 +75,16 @@ def test_golden(name: str) -> None:
 
 
 def test_no_golden_file_is_left_over() -> None:
-    assert {file.stem for file in GOLDEN.glob("*.json")} == set(PLANS)
+    assert {file.stem for file in GOLDEN.glob("*.json")} == {*PLANS, PARTITION}
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_deepspeed_reads_it(name: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    ours = {**config_of(name), "train_batch_size": 64}  # here the world has one rank
+    # Here the world has one rank.
+    ours = {**config_of(name), "train_batch_size": 64}
+    ours.pop("sequence_parallel_size", None)
     theirs = DeepSpeedConfig(ours)
     assert theirs.zero_optimization_stage == PLANS[name]["zero_stage"]
     assert theirs.gradient_accumulation_steps == 16
@@ -85,3 +108,36 @@ def test_no_bucket_is_larger_than_the_model() -> None:
         tiny.num_parameters
     )
     assert CAPABILITIES.buffer_elements == BUCKET_ELEMENTS
+
+
+def test_partition_golden() -> None:
+    assert partition_words() == json.loads((GOLDEN / f"{PARTITION}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_layers_are_cut_as_transformers_would_cut_them(family: str) -> None:
+    from deepspeed.module_inject.autotp_config import AutoTPConfig
+    from deepspeed.module_inject.tp_plan_converter import TPPlanConverter
+    from transformers import AutoConfig
+
+    ours = AutoTPConfig.from_dict(partition_words())
+    theirs = AutoConfig.for_model(family).base_model_tp_plan
+    converted = AutoTPConfig(layer_specs=TPPlanConverter.convert(theirs))
+    for pattern in theirs:
+        name = f"{pattern.replace('*', '0')}.weight"
+        found, expected = ours.find_matching_spec(name), converted.find_matching_spec(name)
+        assert (found.partition_type, found.grad_allreduce) == (
+            expected.partition_type,
+            expected.grad_allreduce,
+        )
+
+
+@pytest.mark.parametrize(
+    ("stage", "engine", "parts"),
+    [(0, {}, 4), (2, {}, 4), (3, {}, 1), (3, {"zero_optimization": {"reduce_scatter": False}}, 4)],
+)
+def test_gradients_of_parts_of_a_sequence_are_averaged(
+    stage: int, engine: dict[str, Any], parts: int
+) -> None:
+    plan = Plan(strategy="deepspeed", dp=2, cp=4, zero_stage=stage, engine=engine)
+    assert summed_parts(plan, to_deepspeed_config(plan, LARGE, TRAINING)) == parts
