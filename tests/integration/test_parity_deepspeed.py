@@ -1,4 +1,4 @@
-"""Every degree of DeepSpeed against one plain PyTorch loop; and each resumed from its checkpoint. ZeRO: test_parity.py."""
+"""Every degree of DeepSpeed against one plain PyTorch loop, and each resumed. ZeRO alone: test_parity.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.errors import PlanError
 from launcher.planner.layouts import Layout, layouts_of, worlds
 from launcher.planner.problem import PlanRequest, Problem
-from strategies.base import Capabilities, StateBytes
+from strategies.base import Capabilities, Execution, StateBytes
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import TrainingSpec, even_split
 
@@ -121,6 +121,25 @@ def test_tensor_parallel_ranks_divide_heads_mlp_and_vocabulary() -> None:
         "plan.tp=2 does not divide model.vocab_size=50257; use one of 1"
     )
     assert "plan.tp=4 does not divide model.ffn_hidden_size=53250" in refused(model=odd, tp=4)
+
+
+def test_an_engine_may_not_copy_key_value_heads() -> None:
+    strict = replace(UNEVEN, copies_kv_heads=False)
+    assert {layout.tp for layout in layouts(tp=16)} == {16}
+    assert refused(capabilities=strict, tp=16) == (
+        "plan.tp=16 does not divide model.num_kv_heads=8; use one of 1, 2, 4, 8"
+    )
+
+
+def test_ulysses_deals_out_heads_instead_of_halved_pieces() -> None:
+    ulysses = replace(UNEVEN, execution=Execution(heads_over_cp=True))
+    assert {layout.cp for layout in layouts(capabilities=ulysses, cp=16)} == {16}  # each key/value head twice
+    few = replace(MODEL, num_attention_heads=8)
+    assert refused(model=few, capabilities=ulysses, cp=16) == (
+        "plan.cp=16 cannot share out model.num_attention_heads=8 and the sequence; use one of 1, 2, 4, 8"
+    )
+    assert {layout.cp for layout in layouts(capabilities=ulysses, sequence=8192 + 2, cp=2)} == {2}
+    assert "plan.cp=2 does not divide half of" in refused(sequence=8192 + 2, cp=2)
 
 
 def test_a_pinned_degree_may_be_one_that_is_not_tried_unasked() -> None:
