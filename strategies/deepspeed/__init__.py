@@ -1,4 +1,4 @@
-"""DeepSpeed 0.19.8: ZeRO 0 to 3 with optimizer and parameter offload, data parallel."""
+"""DeepSpeed 0.19.8: ZeRO 0 to 3 with offload; AutoTP, the pipeline engine, Ulysses, AutoEP."""
 
 from __future__ import annotations
 

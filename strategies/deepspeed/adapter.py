@@ -29,7 +29,7 @@ _TAG = "state"  # one checkpoint per directory, so its name inside never varies
 
 
 class DeepSpeedStrategy(Strategy):
-    """One process a GPU; all ranks are data parallel."""
+    """One process a GPU, placed by plan.rank_order."""
 
     capabilities = CAPABILITIES
 

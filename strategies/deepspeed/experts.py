@@ -13,7 +13,7 @@ from transformers.utils import output_capturing
 
 @contextmanager
 def router_logits_found() -> Iterator[None]:
-    """Let AutoEP tell transformers where its router is: it names classes, where transformers since 5.20 wants a model.
+    """Let AutoEP tell transformers where its router is: it names classes, where transformers 5.23 wants models.
 
     Without it AutoEP fails (module_inject/auto_ep_presets/base.py, _install_instance_transformers_output_recorders).
     """

@@ -49,9 +49,17 @@ _EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "expert_ffn_hidden_siz
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": _DENSE,
     "deep": {**_DENSE, "num_layers": 4},
-    "tied": {**_DENSE, "num_layers": 4, "tied_embeddings": True},
+    # Norms over the heads see a part of the heads each, where tensor parallelism cuts them.
+    "tied": {
+        **{**_DENSE, "num_layers": 4, "tied_embeddings": True},
+        **{"model_type": "qwen3", "head_dim": 8, "qk_norm": True},
+    },
     "heads": {**_DENSE, "num_layers": 4, "num_kv_heads": 4},
     "mixture": {**_DENSE, "model_type": "mixtral", "moe": _EXPERTS},
+    "unnormalized": {
+        **{**_DENSE, "model_type": "qwen3_moe", "head_dim": 8, "qk_norm": True},
+        "moe": {**_EXPERTS, "normalize_top_k": False},
+    },
     # One layer with experts, and a loss that balances them: so the engines' formulas are the same.
     "balanced": {
         **{**_DENSE, "model_type": "qwen3_moe", "head_dim": 8, "qk_norm": True},

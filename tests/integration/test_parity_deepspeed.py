@@ -20,6 +20,7 @@ FP32: dict[str, dict[str, Any]] = {
     "pp2-uneven-recompute": case(pp=2, zero_stage=1, pipeline_split=(3, 1), recompute="full"),
     **{f"cp2-zero{stage}": case(cp=2, zero_stage=stage) for stage in (0, 2, 3)},
     **{f"ep2-zero{stage}": case("mixture", ep=2, zero_stage=stage) for stage in (0, 1, 2, 3)},
+    "ep2-unnormalized": case("unnormalized", ep=2, zero_stage=1),
     "tp4-zero1": case("heads", 4, tp=4, zero_stage=1),
     # Fewer micro-batches than stages.
     "pp4-zero1": case("heads", 4, pp=4, zero_stage=1),
@@ -65,7 +66,7 @@ def test_the_balancing_loss_takes_part(bench: Any) -> None:
     assert np.abs(np.divide(balanced, plain) - 1).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", [*FP32, *NARROW])
+@pytest.mark.parametrize("name", [name for name in (*FP32, *NARROW) if name != "ep2-unnormalized"])
 def test_resume_is_bit_identical(bench: Any, name: str) -> None:
     unbroken, resumed = bench.trained(name), bench.resumed(name)
     assert resumed["losses"] == unbroken["losses"][SAVE_AFTER:]

@@ -23,10 +23,11 @@ def test_facts_are_the_capabilities() -> None:
     told = engines.facts("deepspeed")
     assert told["ZeRO stages"] == "0, 1, 2, 3"
     assert told["offload"] == "optimizer (1, 2, 3), parameters (3)"
-    assert told["pipeline stages"] == "-"
+    assert told["pipeline stages"] == "uneven"
     assert engines.facts("megatron")["degrees"] == "dp tp pp vp cp ep etp"
     assert engines.facts("megatron")["pipeline stages"] == "uneven"
     assert engines.facts("accelerate")["offload"] == "-"
+    assert engines.facts("accelerate")["pipeline stages"] == "-"
 
 
 def test_a_summary_is_one_line() -> None:

@@ -75,11 +75,10 @@ def test_a_stage_may_hold_something_else() -> None:
 
 
 @pytest.mark.parametrize("name", ["accelerate", "deepspeed"])
-@pytest.mark.parametrize("changes", [{"tp": 2}, {"precision": "fp16"}, {"recompute": "selective"}, {"ep": 2}])
+@pytest.mark.parametrize("changes", [{"vp": 2}, {"precision": "fp16"}, {"recompute": "selective"}, {"ep": 2}])
 def test_setup_refuses_what_why_not_refuses(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     strategy = strategies.load(name)()
     plan = as_plan(name, **changes)
-    refusal = strategy.capabilities.why_not(plan)
     model = ModelSpec(
         name="tiny",
         model_type="llama",
@@ -90,6 +89,7 @@ def test_setup_refuses_what_why_not_refuses(name: str, changes: dict[str, Any], 
         vocab_size=16,
         max_position_embeddings=16,
     )
+    refusal = strategy.capabilities.why_not(plan, model)
     training = TrainingSpec(sequence_length=4, global_batch_size=1, num_steps=1)
     with pytest.raises(ValueError) as caught:
         strategy.setup(plan, model, training, tmp_path)

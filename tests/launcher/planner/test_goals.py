@@ -40,7 +40,7 @@ PROBLEM = Problem(
     model=MODEL,
     cluster=CLUSTER,
     training=TrainingSpec(sequence_length=2048, global_batch_size=192, num_steps=1000),
-    request=PlanRequest(),
+    request=PlanRequest(tp=1, pp=1, cp=1),
     strategies=("deepspeed",),
 )
 
@@ -108,7 +108,7 @@ def test_the_largest_micro_batch_that_fits() -> None:
     found = achieve(Goal(name="largest_micro_batch"), problem).choose().plan.micro_batch_size
     assert 192 // 8 % found == 0
     for size in (24, 12, 8, 6, 4, 3, 2, 1):
-        request = PlanRequest(micro_batch_size=size)
+        request = replace(problem.request, micro_batch_size=size)
         fits = bool(solve(replace(problem, request=request)).candidates)
         assert fits == (size <= found)
 
