@@ -158,7 +158,7 @@ class DeepSpeedStrategy(Strategy):
             fake_world(rank=rank, world_size=plan.world_size) as ledger,
             inspection.stand_ins(plan, training),
         ):
-            config = strategy._enter(plan, model, training)
+            config = {**strategy._enter(plan, model, training), "pipeline": inspection.WHOLE_MESSAGES}
             strategy._part = network.build(inspection.source_of(model, plan, config), model, plan, training)
             strategy._initialize(training, config)
             batches = empty_batches(plan, training)

@@ -85,7 +85,7 @@ CAPABILITIES = Capabilities(
     degrees=frozenset({"tp", "pp", "cp", "ep"}),
     uneven_pipeline=True,
     copies_kv_heads=False,  # AutoTP gives the ranks beyond them no heads at all
-    execution=Execution(split_messages=False, reduces_after_pipeline=True, heads_over_cp=True),
+    execution=Execution(reduces_after_pipeline=True, heads_over_cp=True),
     rules=(_degrees_that_do_not_meet, _pipeline_shards_no_gradients),
     model_rules=(
         _degrees_of_dense_families,

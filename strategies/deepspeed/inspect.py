@@ -20,6 +20,9 @@ from strategies.spec import Plan, TrainingSpec
 # Where ZeRO keeps gradients that it has reduced: stages 1 and 2, and stage 3 (stage_1_and_2.py, stage3.py).
 _REDUCED = ("averaged_gradients", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
 
+# Tensor parallel ranks send parts of messages between stages, which are put together by values.
+WHOLE_MESSAGES = {"pipe_partitioned": False, "grad_partitioned": False}
+
 
 @contextmanager
 def stand_ins(plan: Plan, training: TrainingSpec) -> Iterator[None]:

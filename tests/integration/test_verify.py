@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,32 @@ def test_data_parallel_engines_hold_what_the_formula_says(
         assert engine[part] == pytest.approx(width * MODEL.num_parameters, rel=0.002), part
     assert verified.problem is None
     assert engine["working"] is not None and engine["working"] > 0
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"dp": 1, "tp": 2, "pp": 2, "zero_stage": 1, "pipeline_split": (3, 2)},
+        {"dp": 2, "cp": 2, "zero_stage": 3},
+    ],
+    ids=str,
+)
+def test_deepspeed_builds_its_stages_parts_and_sequences(degrees: dict[str, Any]) -> None:
+    plan = Plan(strategy="deepspeed", num_microbatches=2, **degrees)
+    verified = verify.verify(subject(MODEL, plan), verify.Asked(all_stages=True))
+    assert [found.stage for found in verified.ranks] == list(range(plan.pp))
+    assert verified.problem is None
+    for found in verified.ranks:
+        working = parts(found)["working"]
+        assert working is not None and working > 0
+
+
+def test_experts_of_deepspeed_depend_on_values() -> None:
+    moe = MoeSpec(num_experts=8, top_k=2, expert_ffn_hidden_size=32)
+    mixture = ModelSpec(**{**vars(MODEL), "model_type": "mixtral", "moe": moe, "ffn_hidden_size": 32})
+    plan = Plan(strategy="deepspeed", dp=2, ep=2, num_microbatches=2)
+    with pytest.raises(EngineError, match=r"plan\.ep=2 cannot be verified: how many tokens reach"):
+        verify.verify(subject(mixture, plan))
 
 
 def test_every_stage_of_a_pipeline_is_counted_apart() -> None:

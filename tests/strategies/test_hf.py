@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from strategies import hf
 from strategies.hf_config import to_hf_config
@@ -216,3 +218,36 @@ def test_an_older_transformers_is_asked_in_its_own_words(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers 5, which is what reads here, about the older words
         assert hf._read_config(tmp_path, model).rope_theta == 500.0
+
+
+def keep_head(network: PreTrainedModel) -> None:
+    network.base_model.layers._modules = {"1": network.base_model.layers[1]}
+    network.set_input_embeddings(None)
+
+
+def test_a_part_is_read_and_nothing_else(weights: Path) -> None:
+    whole = dict(hf.build_model(weights, MODEL).named_parameters())
+    part = dict(hf.build_part(weights, MODEL, keep_head).named_parameters())
+    assert set(part) == {name for name in whole if "layers.0" not in name and "embed_tokens" not in name}
+    assert all(torch.equal(part[name], whole[name]) for name in part)
+
+
+def test_a_part_is_read_from_several_files(weights: Path, tmp_path: Path) -> None:
+    hf.build_model(weights, MODEL).save_pretrained(tmp_path, max_shard_size="8KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    part, expected = (hf.build_part(folder, MODEL, keep_head) for folder in (tmp_path, weights))
+    for (name, found), (_, wanted) in zip(part.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(found, wanted), name
+
+
+def test_a_part_needs_tensors_that_can_be_read_alone(weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((weights / "config.json").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"holds no safetensors, of which a part could be read; convert it first"
+    ):
+        hf.build_part(tmp_path, MODEL, keep_head)
+    save_file({"lm_head.weight": torch.zeros(32, 16)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"lacks the tensor 'model\.layers\.1\..*'; use the model these weights"
+    ):
+        hf.build_part(tmp_path, MODEL, keep_head)
