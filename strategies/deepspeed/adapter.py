@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -73,7 +73,8 @@ class DeepSpeedStrategy(Strategy):
                 part.module, self._plan, training
             )  # by then AutoEP has put its own experts in
 
-        with redirect_stdout(StringIO()), experts.router_logits_found():  # it prints memory tables
+        mended = experts.router_logits_found() if self._plan.ep > 1 else nullcontext()
+        with redirect_stdout(StringIO()), mended:  # it prints memory tables
             self._engine, *_ = deepspeed.initialize(
                 model=part.module, optimizer=create_optimizer, config=config, mpu=part.mpu
             )
