@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher import verify
-from launcher.errors import EngineError
+from launcher.errors import EngineError, PlanError
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -81,7 +81,7 @@ def test_experts_of_deepspeed_depend_on_values() -> None:
     moe = MoeSpec(num_experts=8, top_k=2, expert_ffn_hidden_size=32)
     mixture = ModelSpec(**{**vars(MODEL), "model_type": "mixtral", "moe": moe, "ffn_hidden_size": 32})
     plan = Plan(strategy="deepspeed", dp=2, ep=2, num_microbatches=2)
-    with pytest.raises(EngineError, match=r"plan\.ep=2 cannot be verified: how many tokens reach"):
+    with pytest.raises(PlanError, match=r"plan\.ep=2 cannot be verified: how many tokens reach"):
         verify.verify(subject(mixture, plan))
 
 
