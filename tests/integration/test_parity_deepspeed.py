@@ -25,10 +25,8 @@ FP32: dict[str, dict[str, Any]] = {
     # Fewer micro-batches than stages.
     "pp4-zero1": case("heads", 4, pp=4, zero_stage=1),
     "pp2-tp2-zero0": case("heads", 4, pp=2, tp=2),
-    "pp2-tp2-zero1": case("heads", 4, pp=2, tp=2, zero_stage=1),
     "pp2-dp2-zero1": case("heads", 4, pp=2, zero_stage=1),
     "tp2-dp2-zero3": case("heads", 4, tp=2, zero_stage=3),
-    "cp2-dp2-zero1": case("heads", 4, cp=2, zero_stage=1),
 }
 # Balanced experts: the extra loss is made per rank and micro-batch, so that only equal cuts compare.
 BALANCED = {
