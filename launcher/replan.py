@@ -40,6 +40,9 @@ def replan(
     job = with_words(run.job(), words, plan=before)
     lock = run_dir.lock(run)
     try:
+        if all(read(word)[0] == "supervise" for word in words):
+            run_dir.reconfigure(run, job=job)  # what is allowed from now on; the plan stays
+            return
         ranking = rank(job)
         check(job, ranking.choose().plan)
         adopt(run, job, ranking, words=words)
@@ -69,7 +72,7 @@ def problem(job: Job, engines: Sequence[str]) -> Problem:
 
 
 def with_words(job: Job, words: Sequence[str], *, plan: Plan) -> Job:
-    """Return the frozen `job` with the plan's and the cluster's keys in `words` set.
+    """Return the frozen `job` with the plan's, the cluster's and the supervisor's keys in `words` set.
 
     What was left to the planner stays as in `plan` where the engine's checkpoints depend on it.
     """
@@ -89,9 +92,9 @@ def read(word: str) -> tuple[str, str, Any]:
     """Return section, key and value of one word; raise ConfigError for what stays frozen."""
     key, sign, text = word.partition("=")
     section, _, name = key.partition(".")
-    if not sign or not ((section == "plan" and name) or key in _CLUSTER_KEYS):
+    if not sign or not ((section in ("plan", "supervise") and name) or key in _CLUSTER_KEYS):
         raise ConfigError(
-            f"'{word}' cannot be changed when a run is resumed; only plan.KEY=VALUE, "
+            f"'{word}' cannot be changed when a run is resumed; only plan.KEY=VALUE, supervise.KEY=VALUE, "
             f"{' and '.join(f'{key}=N' for key in _CLUSTER_KEYS)} can, the rest is frozen"
         )
     try:

@@ -20,6 +20,7 @@ from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, LauncherError, RunDirError
+from launcher.files import write_whole
 from launcher.interpreter import Interpreter
 from strategies.spec import Plan
 
@@ -207,6 +208,16 @@ def refreeze(run: RunDir, *, job: Job, plan: Mapping[str, Any]) -> None:
     except OSError as error:
         raise RunDirError(
             f"{run.path} cannot be written: {error.strerror}; the plan stays as it was, make the folder writable"
+        ) from error
+
+
+def reconfigure(run: RunDir, *, job: Job) -> None:
+    """Put another configuration in place of the frozen one, under the same plan."""
+    try:
+        write_whole(run.config_file, yaml.safe_dump(encode(job), sort_keys=False))
+    except OSError as error:
+        raise RunDirError(
+            f"{run.config_file} cannot be written: {error.strerror}; make the folder writable"
         ) from error
 
 

@@ -25,8 +25,8 @@ Cause = Literal[
 _REPEATS: dict[Cause, str] = {
     "user_error": "",
     "plan_impossible": "",
-    "out_of_memory": "the same plan needs the same memory",
-    "bad_loss": "the same steps give the same loss",
+    "out_of_memory": "the same plan needs the same memory, and supervise.on_out_of_memory allows no smaller one",
+    "bad_loss": "the same steps give the same loss, and supervise.on_bad_loss allows no change",
     "storage_full": "",
     "corrupt_checkpoint": "",
 }

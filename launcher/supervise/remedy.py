@@ -37,8 +37,7 @@ def after_failure(run: RunDir, failure: Failure, *, step: int, failed_before: in
     if failure.cause == "bad_loss":
         change = ladder.for_loss(job, sample=_sample_after(run, job, step), failed_before=failed_before)
         if change is not None and change.job is not None:
-            plan_data = {key: value for key, value in run.plan_data().items() if key != "format"}
-            run_dir.refreeze(run, job=change.job, plan=plan_data)
+            run_dir.reconfigure(run, job=change.job)
             run.log_event("remedied", reason=failure.cause, remedy=change.step, words=list(change.words))
             return change
     return None

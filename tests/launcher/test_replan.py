@@ -56,6 +56,16 @@ def test_keys_that_leave_the_checkpoint_as_it_is_may_change(call: Call, stopped:
     assert replanned["after"]["micro_batch_size"] == 2
 
 
+def test_what_the_supervisor_may_do_can_be_said_later(call: Call, stopped: Path) -> None:
+    before = (stopped / "plan.json").read_bytes()
+    words = ("supervise.on_out_of_memory=[halve_micro_batch]", "supervise.max_restarts=7")
+    outcome = call("resume", str(stopped), *words, "--json")
+    assert (outcome.code, outcome.json["state"]) == (0, "finished"), outcome.err
+    policy = open_run(stopped).job().supervise
+    assert (policy.on_out_of_memory, policy.max_restarts) == (("halve_micro_batch",), 7)
+    assert (stopped / "plan.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("words", "code", "sentence"),
     [
@@ -63,7 +73,11 @@ def test_keys_that_leave_the_checkpoint_as_it_is_may_change(call: Call, stopped:
         (("plan.tp=3",), 3, "plan.tp=3"),
         (("plan.zero_stag=1",), 2, "unknown key 'plan.zero_stag'; did you mean 'zero_stage'?"),
         (("model.num_layers=3",), 2, "'model.num_layers=3' cannot be changed when a run is resumed"),
-        (("training.seed=3",), 2, "only plan.KEY=VALUE, cluster.num_nodes=N and cluster.gpus_per_node=N can"),
+        (
+            ("training.seed=3",),
+            2,
+            "only plan.KEY=VALUE, supervise.KEY=VALUE, cluster.num_nodes=N and ",
+        ),
         (("plan",), 2, "'plan' cannot be changed"),
         (("plan.tp=[",), 2, "'plan.tp=[' has a value that cannot be read"),
         (("--fast",), 2, "'--fast' is not a flag of `meshwright resume RUN_DIR`"),
