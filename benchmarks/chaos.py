@@ -25,7 +25,7 @@ from launcher.submit.local import LAUNCHER_PID
 from launcher.supervise.watch import step_reached
 
 Kind = Literal["kill", "kill_in_save", "kill_in_restart", "stop", "pause", "full_disk"]
-_LOOK_S = 0.002
+_LOOK_S = 0.01
 _PATIENCE_S = 300.0
 
 
@@ -79,17 +79,22 @@ class Chaos(threading.Thread):
             self._do(fault)
 
     def _wait_for(self, fault: Fault) -> bool:
-        starts = self._count("launched")
+        starts = self._num_ended_starts()
         until = time.monotonic() + _PATIENCE_S
         while self._launcher.poll() is None and time.monotonic() < until:
-            if self._has_come(fault, starts):
+            if self._count("launched") > starts and self._has_come(fault):
                 return True
             time.sleep(_LOOK_S)
         return False
 
-    def _has_come(self, fault: Fault, starts: int) -> bool:
+    def _num_ended_starts(self) -> int:
+        """Count the starts that are over: a fault that ends one leaves victims that are still dying."""
+        over = self.done and self.done[-1].fault.kind != "pause"
+        return self._count("launched") if over else 0
+
+    def _has_come(self, fault: Fault) -> bool:
         if fault.kind == "kill_in_restart" and self.done:
-            return self._count("launched") > starts
+            return True
         if self._step() < fault.at_step or not self._steps_now():
             return False
         return fault.kind != "kill_in_save" or any(self._run.checkpoints.glob("step_*.tmp"))

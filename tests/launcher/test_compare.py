@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launcher import environments, supervise
+from launcher import compare, environments
 from launcher.run_dir import RunDir
 
 Call = Callable[..., Any]
@@ -30,7 +30,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
         run.metrics_file.write_text("".join(json.dumps(record) + "\n" for record in records))
         return 0 if wanted[name] else 130
 
-    monkeypatch.setattr(supervise, "run_workers", run_workers)
+    monkeypatch.setattr(compare, "run_workers", run_workers)
     return wanted
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from launcher.checkpoint.manifest import sealed
+
 TINY = (
     *("monitor=none", "cluster.gpus_per_node=1", "data.max_bytes=200000"),
     *("training.sequence_length=32", "training.global_batch_size=8", "training.num_steps=2"),
@@ -52,7 +54,7 @@ def _sign(state: Path) -> None:
         if entry["path"] == f"engine/{state.name}":
             entry["crc32"] = zlib.crc32(state.read_bytes())
             entry["size"] = state.stat().st_size
-    manifest.write_text(json.dumps(data))
+    manifest.write_bytes(sealed({**data, "crc32": ""}))
 
 
 def test_token_files_that_went_away_are_one_sentence(call: Callable[..., Any], stopped: Path) -> None:
