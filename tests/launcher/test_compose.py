@@ -34,6 +34,8 @@ GROUPS = (
     "strategy",
     "submit",
     "monitor",
+    "checkpoint",
+    "supervise",
     "experiment",
     "data",
     "goal",
