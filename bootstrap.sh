@@ -32,5 +32,5 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+
 fi
 # DeepSpeed's own build looks at the installed torch, so it must not build in isolation.
 pip install setuptools wheel ninja -c constraints.txt
-pip install --no-build-isolation -c constraints.txt -e '.[deepspeed,megatron,tensorboard,wandb,dev]'
+pip install --no-build-isolation -c constraints.txt -e '.[deepspeed,megatron,prometheus,tensorboard,wandb,dev]'
 touch .venv/ready

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -134,6 +135,28 @@ def disconnect() -> None:
 def device_peak_bytes() -> Callable[[], int] | None:
     """Who tells the peak bytes that tensors took on this rank's GPU; None on a CPU."""
     return torch.cuda.max_memory_allocated if torch.cuda.is_available() else None
+
+
+def device_memory() -> Callable[[], tuple[int, int]] | None:
+    """Who tells the bytes in tensors and those held by the allocator on this rank's GPU; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return lambda: (torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+
+
+def pulse_s() -> float:
+    """Time a fixed matrix product on this rank's device: a slow rank is slow at it too, whatever the engine does."""
+    on_device = torch.cuda.is_available()
+    size, kind = (2048, torch.bfloat16) if on_device else (256, torch.float32)
+    factor = torch.full((size, size), 0.5, dtype=kind, device="cuda" if on_device else "cpu")
+    durations = []
+    for _ in range(4):  # the first one warms up; the best of the others is free of chance
+        started = time.perf_counter()
+        factor @ factor
+        if on_device:
+            torch.cuda.synchronize()
+        durations.append(time.perf_counter() - started)
+    return min(durations[1:])
 
 
 def device_error() -> type[BaseException]:

@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,14 @@ from launcher.data.loader import BatchLoader
 from launcher.data.tokens import Split, TokenDataset
 from launcher.errors import BadLossError
 from launcher.heartbeat import Phase
-from launcher.monitor.metrics import StepMetrics, flops_utilisation, read
+from launcher.monitor.metrics import StepMetrics, read
+from launcher.monitor.observe import Observer, Setting
 from launcher.monitor.spikes import SpikeRule
 from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.writers import Writer
 from launcher.run_dir import RunDir
 from launcher.saver import Position, RandomState, Saver
-from strategies.base import StepResult, Strategy
+from strategies.base import Strategy
 from strategies.spec import Plan
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ class Process:
     random: RandomState
     is_abandoned: Callable[[], bool]  # True: nobody waits for this run any more
     beat: Callable[[Phase, int], None]  # a sign of life, where this rank may get stuck next
+    device_memory: Callable[[], tuple[int, int]] | None = None  # allocated, reserved
+    pulse_s: Callable[[], float] | None = None  # a fixed computation, timed
 
 
 @dataclass(kw_only=True)
@@ -102,11 +106,14 @@ class Trainer:
         first_step, num_steps = self.step, self.job.training.num_steps
         stopping = False
         microbatches = self.plan.num_microbatches
-        with self._loader(
-            "train", start_sample=self.consumed_samples, num_microbatches=microbatches
-        ) as loader:
+        with (
+            self._loader(
+                "train", start_sample=self.consumed_samples, num_microbatches=microbatches
+            ) as loader,
+            closing(self._observer()) as observer,
+        ):
             while self.step < num_steps and not stopping:
-                metrics = self._one_step(loader)
+                metrics = self._one_step(loader, observer)
                 for sink in self.sinks:
                     sink.write(metrics)
                 self._compare_with_plan()
@@ -123,12 +130,13 @@ class Trainer:
         stall_s = self._saver.save(position, last=last)
         self._cadence.measured(save_s=stall_s, step_s=statistics.median(self._step_times))
 
-    def _one_step(self, loader: BatchLoader) -> StepMetrics:
+    def _one_step(self, loader: BatchLoader, observer: Observer) -> StepMetrics:
         started = time.perf_counter()
         learning_rate = self.job.training.learning_rate_at(self.step)
         while loader.consumed_samples in self.job.data.skip_samples:
             loader.next()
         batches = loader.next()
+        waited_s = time.perf_counter() - started
         # Behind the reading: a rank that waits for its data is one beat behind those that wait for it.
         self.process.beat("stepping" if self._step_times else "warming", self.step)
         result = self.strategy.train_step(batches, learning_rate=learning_rate)
@@ -143,36 +151,32 @@ class Trainer:
         self.consumed_samples = loader.consumed_samples
         self._step_times.append(seconds)
         validation_loss = self._evaluate() if self._evaluation_due() else None
-        return self._record(
-            result, learning_rate=learning_rate, seconds=seconds, validation_loss=validation_loss
-        )
-
-    def _record(
-        self, result: StepResult, *, learning_rate: float, seconds: float, validation_loss: float | None
-    ) -> StepMetrics:
-        training, cluster = self.job.training, self.job.cluster
-        tokens_per_s = training.tokens_per_step / seconds / cluster.world_size
-        return StepMetrics(
+        return observer.observe(
+            result,
             step=self.step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
             learning_rate=learning_rate,
-            step_time_s=seconds,
-            tokens_per_s_per_gpu=tokens_per_s,
-            mfu=flops_utilisation(
-                self.job.model,
-                sequence_length=training.sequence_length,
-                tokens_per_s_per_gpu=tokens_per_s,
-                peak_tflops=None
-                if cluster.gpu.peak_is_nominal
-                else cluster.gpu.peak_tflops.get(training.precision),
-            ),
-            memory_gib=peak_memory_gib(self.process.device_peak_bytes),
+            seconds=seconds,
+            waited_s=waited_s,
             consumed_samples=self.consumed_samples,
-            skipped=result.skipped,
             validation_loss=validation_loss,
             goodput=None if self._clock is None else self._clock.tick(seconds, now=time.time()),
-            time=time.time(),
+        )
+
+    def _observer(self) -> Observer:
+        setting = Setting(
+            model=self.job.model,
+            cluster=self.job.cluster,
+            training=self.job.training,
+            plan=self.plan,
+            predictions=self.run.plan_data()["predictions"],
+        )
+        return Observer(
+            self.job.monitor,
+            setting=setting,
+            peers=self.ranks,
+            probes=self.process,
+            metrics_file=self.run.metrics_file,
+            events_file=self.run.events_file,
         )
 
     # ---- questions asked after each step -----------------------------------------------------------------------

@@ -36,9 +36,10 @@ from launcher.errors import (
 )
 from launcher.heartbeat import Heart
 from launcher.monitor import log
+from launcher.monitor.alerts import Alerts, Outbox
 from launcher.monitor.metrics import MetricsFile, truncate_after
 from launcher.monitor.progress import Reporter
-from launcher.monitor.writers import Writer, open_writers
+from launcher.monitor.writers import About, Writer, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
@@ -123,6 +124,8 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
             random=RandomState(get=torch_side.random_state, set=torch_side.restore_random_state),
             is_abandoned=_launcher_is_gone,
             beat=heart.beat,
+            device_memory=torch_side.device_memory(),
+            pulse_s=torch_side.pulse_s,
         ),
         versions=versions(),
     )
@@ -177,9 +180,13 @@ def _train(trainer: Trainer, run: RunDir, job: Job, ranks: Ranks) -> None:
 def _open_sinks(run: RunDir, job: Job, *, start_step: int) -> tuple[Writer, ...]:
     """metrics.jsonl, the configured writers and the console; what a later step left there is taken back."""
     history = truncate_after(run.metrics_file, step=start_step)
+    about = About(directory=run.metrics, settings=encode(job), plan=run.plan_data())
+    writers = open_writers(job.monitor, about=about, history=history)
+    outbox = Outbox(run.metrics, repeat_s=job.monitor.alerts.repeat_s, announce=writers.announce)
     return (
         MetricsFile(run.metrics_file),
-        open_writers(job.monitor, directory=run.metrics, settings=encode(job), history=history),
+        Alerts(job.monitor.alerts, outbox=outbox),
+        writers,
         Reporter(
             job.training.num_steps,
             start_step=start_step,

@@ -136,7 +136,8 @@ class AccelerateStrategy(Strategy):
         self._optimizer.step()
         # DDP's gradients are views into its buckets; dropping them would make accumulation pay for both.
         self._optimizer.zero_grad(set_to_none=self._plan.zero_stage > 0)
-        return StepResult(loss=process.mean_of(losses), grad_norm=_to_float(norm))
+        loss, own = process.means_of(losses)
+        return StepResult(loss=loss, grad_norm=_to_float(norm), rank_loss=own)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""

@@ -253,11 +253,12 @@ class Capabilities:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step reports, the same on every rank."""
+    """What one optimizer step reports, the same on every rank unless it says otherwise."""
 
     loss: float  # mean over the tokens of the global batch, nats
     grad_norm: float  # before clipping
     skipped: bool = False  # fp16 overflow: the optimizer did not move
+    rank_loss: float | None = None  # of this rank's own sequences, where the engine tells; differs by rank
 
 
 class Strategy(ABC):

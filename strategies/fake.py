@@ -59,7 +59,7 @@ class FakeStrategy(Strategy):
             self._checksum = zlib.crc32(batch.tobytes(), self._checksum)
         loss = self._loss(self._checksum)
         self._steps += 1
-        return StepResult(loss=loss, grad_norm=1.0 / self._steps)
+        return StepResult(loss=loss, grad_norm=1.0 / self._steps, rank_loss=loss)
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Return the loss this step stands at, with a trace of `batches`."""

@@ -66,9 +66,15 @@ def set_deterministic(training: TrainingSpec) -> None:
 
 def mean_of(losses: Sequence[torch.Tensor]) -> float:
     """Average the losses of this rank's micro-batches, and over the ranks."""
+    return means_of(losses)[0]
+
+
+def means_of(losses: Sequence[torch.Tensor]) -> tuple[float, float]:
+    """Return the mean over all ranks' micro-batches, and over this rank's own."""
     import torch
 
-    return mean_over_ranks(torch.stack(list(losses)).mean())
+    own = torch.stack(list(losses)).mean()
+    return mean_over_ranks(own), float(own)
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:

@@ -1,42 +1,160 @@
-"""StepMetrics, what one step reports, and metrics.jsonl, the file that every other writer follows."""
+"""StepMetrics, the registry of what a step reports, and metrics.jsonl, the file that every other writer follows."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from launcher.decode import decode
 from launcher.errors import RunDirError
+from launcher.monitor.registry import declared, metric, series, tag_of
 from strategies.model_spec import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Numbers of one finished step, as rank 0 sees them. None means not measured, and is not written."""
+    """Numbers of one finished step, as rank 0 sees them; None means not measured, and is not written.
+
+    Those of ranks and nodes come at sampled steps only (`monitor.sample_interval`). Mappings are by rank, node, GPU
+    or cause.
+    """
 
     step: int  # steps completed, so the first one is 1
-    loss: float  # mean over the global batch, nats
-    grad_norm: float  # before clipping
-    learning_rate: float
-    step_time_s: float
-    tokens_per_s_per_gpu: float
-    memory_gib: float  # peak so far on this rank's device; on CPU, of the process
-    consumed_samples: int
     time: float  # unix seconds
+    consumed_samples: int
     skipped: bool = False  # fp16 overflow: the optimizer did not move
-    mfu: float | None = None  # 0 to 1
-    validation_loss: float | None = None
-    goodput: float | None = None  # productive share of the wall time since the run was created, 0 to 1
+
+    loss: float = metric("train/loss", "Mean loss over the global batch", unit="nats", default=...)
+    loss_max: float | None = metric("train/loss_max", "Largest mean loss of one rank", unit="nats")
+    perplexity: float | None = metric("train/perplexity", "e to the loss")
+    grad_norm: float = metric("train/grad_norm", "Norm of the gradients before clipping", default=...)
+    clip_ratio: float | None = metric(
+        "train/clip_ratio", "What clipping multiplied the gradients by; 1 is nothing"
+    )
+    learning_rate: float = metric("train/learning_rate", "Learning rate", default=...)
+    skipped_steps: int | None = metric(
+        "train/skipped_steps", "Steps skipped because fp16 overflowed", counter=True
+    )
+    tokens: int | None = metric("train/tokens", "Tokens trained on", counter=True)
+    validation_loss: float | None = metric(
+        "validation/loss", "Mean loss of the validation split", unit="nats"
+    )
+
+    step_time_s: float = metric("perf/step_time_s", "Duration of the step", unit="seconds", default=...)
+    step_time_p50_s: float | None = metric(
+        "perf/step_time_p50_s", "Median of the run's steps", unit="seconds"
+    )
+    step_time_p99_s: float | None = metric(
+        "perf/step_time_p99_s", "99 of 100 steps are faster", unit="seconds"
+    )
+    step_time_recent_s: float | None = metric(
+        "perf/step_time_recent_s", "Median of the newest 10 steps", unit="seconds"
+    )
+    tokens_per_s_per_gpu: float = metric(
+        "perf/tokens_per_s_per_gpu", "Training speed of one GPU", default=...
+    )
+    tflops_per_s_per_gpu: float | None = metric(
+        "perf/tflops_per_s_per_gpu", "Model FLOPs a token (docs/monitoring.md) times speed", unit="TFLOP/s"
+    )
+    mfu: float | None = metric(
+        "perf/mfu", "Model FLOPs utilisation, 0 to 1; absent where the peak is unknown"
+    )
+    data_wait_share: float | None = metric("perf/data_wait_share", "Share of the step spent waiting for data")
+    bubble_share: float | None = metric(
+        "perf/bubble_share", "Share of a pipeline's step that idles, by the plan"
+    )
+    straggler_score: Mapping[str, float] | None = metric(
+        "perf/straggler_score", "A rank's time for a fixed computation over the others' median", label="rank"
+    )
+
+    memory_gib: float = metric("memory/gib", "Peak memory of rank 0", unit="GiB", default=...)
+    memory_peak_gib: float | None = metric("memory/peak_gib", "Peak memory of the fullest rank", unit="GiB")
+    memory_allocated_gib: float | None = metric(
+        "memory/allocated_gib", "In tensors, fullest rank", unit="GiB"
+    )
+    memory_reserved_gib: float | None = metric(
+        "memory/reserved_gib", "Held by the allocator, fullest rank", unit="GiB"
+    )
+    memory_over_plan: float | None = metric(
+        "memory/over_plan", "Peak of the fullest rank over the plan's prediction"
+    )
+    rss_gib: float | None = metric("memory/rss_gib", "Host memory of the largest worker", unit="GiB")
+
+    restarts: int | None = metric(
+        "reliability/restarts", "Starts of the workers after the first", counter=True
+    )
+    goodput: float | None = metric(
+        "reliability/goodput", "Share of the time since the run was created in steps that count"
+    )
+    checkpoint_age_s: float | None = metric(
+        "reliability/checkpoint_age_s", "Since the newest checkpoint, or the start", unit="seconds"
+    )
+    checkpoint_stall_s: float | None = metric(
+        "reliability/checkpoint_stall_s", "What the newest checkpoint kept the steps waiting", unit="seconds"
+    )
+    last_failure_time_s: Mapping[str, float] | None = metric(
+        "reliability/last_failure_time_s", "When the run last failed", unit="unix seconds", label="cause"
+    )
+
+    cpu_percent: Mapping[str, float] | None = metric(
+        "system/cpu_percent", "Load of all cores", unit="%", label="node"
+    )
+    host_memory_gib: Mapping[str, float] | None = metric(
+        "system/host_memory_gib", "Host memory in use", unit="GiB", label="node"
+    )
+    network_sent_bytes: Mapping[str, float] | None = metric(
+        "system/network_sent_bytes", "Sent since the start", unit="bytes", label="node", counter=True
+    )
+    network_received_bytes: Mapping[str, float] | None = metric(
+        "system/network_received_bytes", "Received since the start", unit="bytes", label="node", counter=True
+    )
+    disk_read_bytes: Mapping[str, float] | None = metric(
+        "system/disk_read_bytes", "Read since the start", unit="bytes", label="node", counter=True
+    )
+    disk_written_bytes: Mapping[str, float] | None = metric(
+        "system/disk_written_bytes", "Written since the start", unit="bytes", label="node", counter=True
+    )
+    gpu_percent: Mapping[str, float] | None = metric(
+        "gpu/percent", "Share of time with a kernel running, which is not efficiency", unit="%", label="gpu"
+    )
+    gpu_power_w: Mapping[str, float] | None = metric("gpu/power_w", "Power drawn", unit="W", label="gpu")
+    gpu_temperature_celsius: Mapping[str, float] | None = metric(
+        "gpu/temperature_celsius", "Temperature of the chip", unit="degrees", label="gpu"
+    )
+    gpu_clock_mhz: Mapping[str, float] | None = metric(
+        "gpu/clock_mhz", "Clock of the cores", unit="MHz", label="gpu"
+    )
+    gpu_ecc_errors: Mapping[str, float] | None = metric(
+        "gpu/ecc_errors", "Uncorrected memory errors since boot", label="gpu", counter=True
+    )
+    gpu_nvlink_bytes: Mapping[str, float] | None = metric(
+        "gpu/nvlink_bytes", "Sent and received over NVLink", unit="bytes", label="gpu", counter=True
+    )
 
     def record(self) -> dict[str, Any]:
         """Return the fields that have a value."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+METRICS = declared(StepMetrics)
+
+
+def scalars(metrics: StepMetrics) -> dict[str, float]:
+    """Return the curves of one step by their tag."""
+    return {tag_of(item, where): value for item, where, value in series(vars(metrics), METRICS)}
+
+
+def sentence(error: Exception) -> str:
+    """Say in one line why a sink is off."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name} is not installed"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def flops_utilisation(

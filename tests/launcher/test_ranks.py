@@ -79,6 +79,25 @@ def test_two_ranks_agree(tmp_path: Path, repository: Path) -> None:
         }
 
 
+def test_the_pulse_leaves_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    assert 0 < ranks.pulse_s() < 60
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_cpu_has_no_device_memory() -> None:
+    assert ranks.device_memory() is None
+
+
+def test_a_gpu_tells_what_is_in_tensors_and_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 9)
+    memory = ranks.device_memory()
+    assert memory is not None
+    assert memory() == (5, 9)
+
+
 def test_a_rank_without_a_gpu_of_its_own_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

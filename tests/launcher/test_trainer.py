@@ -32,7 +32,7 @@ from strategies.spec import Plan, TrainingSpec
 class Alone:
     """One rank, without torch."""
 
-    rank, world_size = 0, 1
+    rank, world_size, local_rank = 0, 1, 0
 
     def barrier(self) -> None: ...
 
@@ -156,6 +156,8 @@ def test_every_step_is_reported_once_with_its_numbers(make: Callable[..., Traine
     assert [m.learning_rate for m in sink.steps] == [job.training.learning_rate_at(s) for s in range(10)]
     assert [m.step for m in sink.steps if m.validation_loss is not None] == [5, 10]
     assert all(m.mfu is None for m in sink.steps), "a nominal peak must not become an MFU"
+    assert [m.step for m in sink.steps if m.memory_peak_gib is not None] == [1, 10], "sampled, not every step"
+    assert all(m.data_wait_share is not None and 0 < m.data_wait_share < 1 for m in sink.steps)
 
 
 def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) -> None:

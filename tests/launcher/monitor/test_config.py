@@ -23,6 +23,7 @@ def test_none_yaml_turns_both_writers_off() -> None:
     config = decode(MonitorConfig, record, "monitor")
     assert not config.tensorboard
     assert not config.wandb
+    assert config.sample_interval == 0
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,18 @@ def test_none_yaml_turns_both_writers_off() -> None:
     [
         ({"log_interval": 0}, "monitor.log_interval=0 must be at least 1"),
         ({"warmup_steps": -1}, "monitor.warmup_steps=-1 must not be negative"),
+        ({"sample_interval": -1}, "monitor.sample_interval=-1 must not be negative; 0 samples nothing"),
+        ({"node_seconds": 0}, "monitor.node_seconds=0.0 must be positive"),
+        ({"prometheus_port": 70000}, "monitor.prometheus_port=70000 is no port; use 1 to 65535"),
+        ({"prometheus_textfile": "a.txt"}, "monitor.prometheus_textfile=a.txt must end in .prom"),
+        (
+            {"profile": [3]},
+            "monitor.profile=[3] must be the first and the last step of a trace, as in [10,12]",
+        ),
+        ({"profile": [1, 2]}, "the first step is all set-up"),
+        ({"profile": [5, 4]}, "monitor.profile=[5, 4] must be"),
+        ({"alerts": {"slowdown": 0.5}}, "monitor.alerts.slowdown=0.5 must be above 1"),
+        ({"alerts": {"repeat_s": -1}}, "monitor.alerts.repeat_s=-1.0 must not be negative; 0 turns"),
         ({"wandb_project": " "}, "monitor.wandb_project=' ' must name a project"),
         ({"wandb_mode": "onlin"}, "monitor.wandb_mode=onlin is not accepted; did you mean 'online'"),
         ({"wandb_projct": "x"}, "unknown key 'monitor.wandb_projct'; did you mean 'wandb_project'"),

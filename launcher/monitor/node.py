@@ -1,0 +1,117 @@
+"""What one node's hardware is doing: processors and traffic through psutil, GPUs through NVML. One sampler a node."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+_GIB = 2**30
+
+# By metric, then by node or GPU.
+Sample = dict[str, dict[str, float]]
+
+
+class NodeSampler:
+    """Measure in a thread, so that a slow driver call never lengthens a step; `latest` is what the step takes."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds = seconds
+        self._node = socket.gethostname()
+        self._gpus = open_gpus()
+        self._start = _traffic()
+        self._done = threading.Event()
+        psutil.cpu_percent()  # the first answer is about nothing
+        self.latest = self._measure()
+        self._thread = threading.Thread(target=self._run, name="meshwright-node", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop measuring."""
+        self._done.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while not self._done.wait(self._seconds):
+            self.latest = self._measure()
+
+    def _measure(self) -> Sample:
+        now = _traffic()
+        figures = {
+            "cpu_percent": psutil.cpu_percent(),
+            "host_memory_gib": psutil.virtual_memory().used / _GIB,
+            **{name: now[name] - self._start[name] for name in now},
+        }
+        found: Sample = {name: {self._node: value} for name, value in figures.items()}
+        for index, gpu in enumerate(self._gpus):
+            for name, value in gpu().items():
+                found.setdefault(name, {})[f"{self._node}:{index}"] = value
+        return found
+
+
+def merged(samples: list[Sample]) -> Sample:
+    """Put the samples of several nodes into one."""
+    found: Sample = {}
+    for sample in samples:
+        for name, values in sample.items():
+            found.setdefault(name, {}).update(values)
+    return found
+
+
+def _traffic() -> dict[str, float]:
+    network, disk = psutil.net_io_counters(), psutil.disk_io_counters()
+    found: dict[str, float] = {}
+    if network is not None:
+        found |= {"network_sent_bytes": network.bytes_sent, "network_received_bytes": network.bytes_recv}
+    if disk is not None:  # containers may hide it
+        found |= {"disk_read_bytes": disk.read_bytes, "disk_written_bytes": disk.write_bytes}
+    return found
+
+
+def open_gpus() -> list[Callable[[], dict[str, float]]]:
+    """Return what measures each GPU of this node; none where there is no NVIDIA driver or no package for it."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    except Exception:  # NVMLError has no base of its own to name before the import
+        return []
+    return [_reader(pynvml, handle) for handle in handles]
+
+
+def _reader(nvml: Any, handle: Any) -> Callable[[], dict[str, float]]:
+    """Return what asks the driver about one GPU; what a card does not tell is left out."""
+    questions: dict[str, Callable[[], float]] = {
+        "gpu_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+        "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+        "gpu_temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        "gpu_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "gpu_ecc_errors": lambda: nvml.nvmlDeviceGetTotalEccErrors(
+            handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        ),
+        "gpu_nvlink_bytes": lambda: _nvlink_bytes(nvml, handle),
+    }
+
+    def read() -> dict[str, float]:
+        found = {}
+        for name, ask in questions.items():
+            with suppress(nvml.NVMLError):
+                found[name] = float(ask())
+        return found
+
+    return read
+
+
+def _nvlink_bytes(nvml: Any, handle: Any) -> float:
+    """Sum of both directions over all links; the driver counts KiB."""
+    both = [nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX]
+    values = nvml.nvmlDeviceGetFieldValues(handle, both)
+    refused = next((value.nvmlReturn for value in values if value.nvmlReturn), None)
+    if refused is not None:
+        raise nvml.NVMLError(refused)
+    return 1024.0 * sum(float(value.value.ullVal) for value in values)

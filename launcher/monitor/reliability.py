@@ -1,0 +1,71 @@
+"""Restarts, checkpoints and failures, read from the run's events as they grow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+OUT_OF_MEMORY, NAN, LOST_RANK, FAILED = "out_of_memory", "nan", "lost_rank", "failed"
+
+
+def cause_of(event: Mapping[str, Any]) -> str:
+    """Return the word for why a run failed: the event's own, else what its type and message tell."""
+    if isinstance(event.get("cause"), str):
+        return str(event["cause"])
+    message = str(event.get("message", ""))
+    if event.get("type") == "DeviceMemoryError":
+        return OUT_OF_MEMORY
+    if "loss of step" in message:
+        return NAN
+    return LOST_RANK if " was killed by " in message else FAILED
+
+
+class Reliability:
+    """What the events tell so far. `update` reads only what is new."""
+
+    def __init__(self, events_file: Path) -> None:
+        self._file = events_file
+        self._offset = 0
+        self._first: float | None = None
+        self._starts = 0
+        self._checkpoint: float | None = None
+        self._stall_s: float | None = None
+        self._failures: dict[str, float] = {}
+
+    def update(self, *, now: float) -> dict[str, Any]:
+        """Return the metrics at `now`."""
+        for event in self._new():
+            self._take(event)
+        first = now if self._first is None else self._first
+        found: dict[str, Any] = {
+            "restarts": max(0, self._starts - 1),
+            "checkpoint_age_s": now - (first if self._checkpoint is None else self._checkpoint),
+        }
+        if self._stall_s is not None:
+            found["checkpoint_stall_s"] = self._stall_s
+        if self._failures:
+            found["last_failure_time_s"] = dict(self._failures)
+        return found
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        kind, moment = event["event"], float(event["time"])
+        if self._first is None and kind in ("launched", "started"):
+            self._first = moment
+        if kind == "started":
+            self._starts += 1
+        elif kind == "checkpoint":
+            self._checkpoint, self._stall_s = moment, event.get("seconds")
+        elif kind == "failed":
+            self._failures[cause_of(event)] = moment
+
+    def _new(self) -> list[dict[str, Any]]:
+        if not self._file.exists():
+            return []
+        with self._file.open("rb") as file:
+            file.seek(self._offset)
+            text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]

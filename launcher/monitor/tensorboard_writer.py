@@ -1,0 +1,85 @@
+"""TensorBoard: scalars of every step, the plan as text, the settings as hyper-parameters. No torch, no TensorFlow."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.monitor.metrics import StepMetrics, scalars
+
+_PLAIN = (bool, int, float, str)
+
+
+class TensorBoardWriter:
+    """One event file a start, written with the tensorboard package alone (neither torch nor TensorFlow)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        history: Sequence[StepMetrics],
+        settings: Mapping[str, Any],
+        plan: Mapping[str, Any],
+    ) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        directory.mkdir(parents=True, exist_ok=True)
+        # Readers take files in the order of their names: nanoseconds keep quick restarts in order.
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((directory / name).open("wb"))
+        self._append(file_version="brain.Event:2")
+        # A restart hides all points from this step on. Readers ignore the first mark, so each start makes one.
+        first_step = history[-1].step + 1 if history else 1
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._append(step=first_step, session_log=start)
+        # One step earlier than what the mark hides, or the next start would hide the text.
+        self._append(step=first_step - 1, summary=self._summary(value=[_plan_text(plan)]))
+        self._append(step=first_step - 1, summary=_hyper_parameters(settings, plan))
+
+    def write(self, metrics: StepMetrics) -> None:
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(metrics).items()]
+        self._append(step=metrics.step, wall_time=metrics.time, summary=self._summary(value=values))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _append(self, **values: Any) -> None:
+        self._records.write(self._event(**{"wall_time": time.time(), **values}).SerializeToString())
+        self._records.flush()
+
+
+def _plan_text(plan: Mapping[str, Any]) -> Any:
+    """The plan as a table in Markdown, for the text dashboard."""
+    from tensorboard.compat.proto import summary_pb2
+    from tensorboard.plugins.text import metadata
+    from tensorboard.util import tensor_util
+
+    rows = [f"| {key} | {value} |" for key, value in plan.items() if isinstance(value, _PLAIN)]
+    text = "\n".join(["| key | value |", "|---|---|", *rows])
+    return summary_pb2.Summary.Value(
+        tag="plan",
+        metadata=metadata.create_summary_metadata(
+            display_name="plan", description="What was planned and frozen"
+        ),
+        tensor=tensor_util.make_tensor_proto(text),
+    )
+
+
+def _hyper_parameters(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Any:
+    """What the dashboard of hyper-parameters compares runs by."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    groups = {"training": settings.get("training", {}), "plan": plan}
+    flat = {
+        f"{group}.{key}": value
+        for group, values in groups.items()
+        for key, value in values.items()
+        if isinstance(value, _PLAIN)
+    }
+    return summary_v2.hparams_pb(flat)

@@ -1,0 +1,98 @@
+"""A node's hardware: processors and traffic as they are here, GPUs through a driver that answers as NVML does."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pynvml
+import pytest
+
+from launcher.monitor import node
+from launcher.monitor.node import NodeSampler, merged, open_gpus
+
+
+def test_a_sample_tells_this_node_and_grows_with_what_it_does(tmp_path: Path) -> None:
+    sampler = NodeSampler(seconds=0.05)
+    try:
+        here = socket.gethostname()
+        first = sampler.latest
+        assert 0 < first["host_memory_gib"][here] < psutil.virtual_memory().total / 2**30
+        assert 0 <= first["cpu_percent"][here] <= 100
+        deadline = time.monotonic() + 20
+        while sampler.latest is first and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert sampler.latest is not first, "nobody looked again"
+        assert sampler.latest["network_sent_bytes"][here] >= first["network_sent_bytes"][here] >= 0
+    finally:
+        sampler.close()
+    stopped = sampler.latest
+    time.sleep(0.2)
+    assert sampler.latest is stopped
+
+
+def test_samples_of_nodes_become_one() -> None:
+    both = merged([{"cpu_percent": {"a": 1.0}}, {}, {"cpu_percent": {"b": 2.0}, "gpu_power_w": {"b:0": 3.0}}])
+    assert both == {"cpu_percent": {"a": 1.0, "b": 2.0}, "gpu_power_w": {"b:0": 3.0}}
+
+
+def test_containers_may_hide_disks_and_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "disk_io_counters", lambda: None)
+    monkeypatch.setattr(psutil, "net_io_counters", lambda: None)
+    assert node._traffic() == {}
+
+
+class Driver:
+    """Answers for two GPUs as NVML does; the second one is too old for most questions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers: dict[str, Any] = {
+            "nvmlInit": lambda: None,
+            "nvmlDeviceGetCount": lambda: 2,
+            "nvmlDeviceGetHandleByIndex": lambda index: index,
+            "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=90 + gpu),
+            "nvmlDeviceGetPowerUsage": lambda gpu: self.modern(gpu, 412_500),
+            "nvmlDeviceGetTemperature": lambda gpu, sensor: 60 + gpu,
+            "nvmlDeviceGetClockInfo": lambda gpu, kind: 1980,
+            "nvmlDeviceGetTotalEccErrors": lambda gpu, kind, counter: self.modern(gpu, 3),
+            "nvmlDeviceGetFieldValues": lambda gpu, ids: [self.field(gpu, 1000), self.field(gpu, 24)],
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(pynvml, name, answer)
+
+    @staticmethod
+    def modern(gpu: int, value: int) -> int:
+        if gpu == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return value
+
+    @staticmethod
+    def field(gpu: int, kib: int) -> SimpleNamespace:
+        code = pynvml.NVML_ERROR_NOT_SUPPORTED if gpu == 1 else 0
+        return SimpleNamespace(nvmlReturn=code, value=SimpleNamespace(ullVal=kib))
+
+
+def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    Driver(monkeypatch)
+    first, second = (read() for read in open_gpus())
+    assert first == {
+        "gpu_percent": 90.0,
+        "gpu_power_w": 412.5,
+        "gpu_temperature_celsius": 60.0,
+        "gpu_clock_mhz": 1980.0,
+        "gpu_ecc_errors": 3.0,
+        "gpu_nvlink_bytes": 1024.0**2,
+    }
+    assert second == {"gpu_percent": 91.0, "gpu_temperature_celsius": 61.0, "gpu_clock_mhz": 1980.0}
+
+
+def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    assert open_gpus() == []

@@ -1,0 +1,189 @@
+"""From results to metrics: figures by hand, what ranks add, what a restart remembers."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
+from launcher.monitor.config import MonitorConfig
+from launcher.monitor.metrics import MetricsFile, StepMetrics
+from launcher.monitor.observe import Observer, Setting, StepTimes, straggler_scores
+from strategies.base import StepResult
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
+
+PREDICTIONS = {"memory_bytes": 2**30, "step_s": 2.0, "step_s_by_part": {"bubble": 0.5}}
+
+
+class Pair:
+    """This rank, and another one that says what it is told to."""
+
+    rank = local_rank = 0
+
+    def __init__(self, **other: Any) -> None:
+        self._other = other
+
+    def gather(self, value: dict[str, Any]) -> list[dict[str, Any]]:
+        return [value, {**value, **self._other}]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: ModelSpec, training: TrainingSpec) -> Any:
+    cluster = ClusterSpec(
+        name="pair",
+        num_nodes=1,
+        gpus_per_node=2,
+        gpu=GpuSpec(name="G1", memory_gib=4, memory_gb_per_s=10, peak_tflops={"fp32": 0.001}),
+        links=(Link(size=None, gb_per_s=1, latency_us=1),),
+        host_memory_gib=4,
+    )
+    opened: list[Observer] = []
+
+    def build(*, peers: Any = None, nominal: bool = False, **config: Any) -> Observer:
+        gpu = replace(cluster.gpu, peak_is_nominal=nominal)
+        observer = Observer(
+            MonitorConfig(sample_interval=2, **config),
+            setting=Setting(
+                model=tiny_model,
+                cluster=replace(cluster, gpu=gpu),
+                training=training,
+                plan=Plan(strategy="fake", dp=2),
+                predictions=PREDICTIONS,
+            ),
+            peers=peers or Pair(),
+            probes=SimpleNamespace(
+                device_peak_bytes=lambda: 2**29, device_memory=lambda: (2**28, 2**30), pulse_s=lambda: 0.001
+            ),
+            metrics_file=tmp_path / "metrics.jsonl",
+            events_file=tmp_path / "events.jsonl",
+        )
+        opened.append(observer)
+        return observer
+
+    yield build
+    for observer in opened:
+        observer.close()
+
+
+def step(observer: Observer, number: int, **changes: Any) -> StepMetrics:
+    result = StepResult(**{"loss": 2.0, "grad_norm": 4.0, "rank_loss": 2.5, **changes})
+    return observer.observe(
+        result,
+        step=number,
+        learning_rate=1e-3,
+        seconds=0.5,
+        waited_s=0.05,
+        consumed_samples=8 * number,
+        validation_loss=None,
+        goodput=0.5,
+    )
+
+
+def test_figures_of_one_step(make: Callable[..., Observer], tiny_model: ModelSpec) -> None:
+    metrics = step(make(), 3)
+    assert metrics.perplexity == math.exp(2.0)
+    assert metrics.clip_ratio == 0.25  # max_grad_norm is 1
+    assert metrics.tokens == 24 * 32
+    assert metrics.tokens_per_s_per_gpu == 8 * 32 / 0.5 / 2
+    flops = 256 * tiny_model.flops_per_token(32)
+    assert metrics.tflops_per_s_per_gpu == pytest.approx(flops / 1e12)
+    assert metrics.mfu == pytest.approx(flops / 1e9)
+    assert metrics.data_wait_share == pytest.approx(0.1)
+    assert metrics.bubble_share == 0.25
+
+
+def test_no_utilisation_of_an_unknown_peak(make: Callable[..., Observer]) -> None:
+    assert step(make(nominal=True), 3).mfu is None
+
+
+def test_ranks_add_the_worst_of_them(make: Callable[..., Observer]) -> None:
+    peers = Pair(
+        loss=3.0, peak=1.5, allocated=2**29, rss=3 * 2**30, pulse=0.004, node={"cpu_percent": {"b": 7.0}}
+    )
+    metrics = step(make(peers=peers), 2)
+    assert (metrics.loss_max, metrics.memory_peak_gib, metrics.memory_allocated_gib) == (3.0, 1.5, 0.5)
+    assert (metrics.memory_reserved_gib, metrics.rss_gib, metrics.memory_over_plan) == (1.0, 3.0, 1.5)
+    assert metrics.straggler_score == {"0": 0.25, "1": 4.0}
+    assert metrics.cpu_percent is not None
+    assert metrics.cpu_percent["b"] == 7.0
+    assert len(metrics.cpu_percent) == 2
+
+
+def test_what_an_engine_does_not_tell_is_left_out(make: Callable[..., Observer]) -> None:
+    metrics = step(make(peers=Pair(loss=None, pulse=None)), 2)
+    assert metrics.loss_max is None
+    assert metrics.straggler_score is None
+
+
+def test_only_sampled_steps_ask_the_others(make: Callable[..., Observer]) -> None:
+    observer = make()
+    assert [step(observer, number).memory_peak_gib is not None for number in (1, 2, 3, 4)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
+
+
+def test_other_ranks_take_part_and_answer_nothing_of_the_whole(make: Callable[..., Observer]) -> None:
+    peers = Pair()
+    peers.rank = 1
+    metrics = step(make(peers=peers), 2)
+    assert metrics.loss == 2.0
+    assert metrics.memory_peak_gib is None
+
+
+def test_skipped_steps_and_infinite_norms(make: Callable[..., Observer]) -> None:
+    observer = make()
+    skipped = step(observer, 1, skipped=True, grad_norm=math.inf, loss=math.inf)
+    assert (skipped.clip_ratio, skipped.perplexity, skipped.skipped_steps) == (None, None, 1)
+    assert step(observer, 2, grad_norm=0.5).clip_ratio == 1.0
+
+
+def test_a_restart_goes_on_counting(
+    make: Callable[..., Observer], tmp_path: Path, steps: SimpleNamespace
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for number in range(1, 6):
+        file.write(steps.at(number, skipped=number == 2, step_time_s=2.0))
+    file.close()
+    (tmp_path / "events.jsonl").write_text(
+        "".join(json.dumps({"time": steps.first.time, "event": "started"}) + "\n" for _ in range(2))
+    )
+    metrics = step(make(), 6)
+    assert metrics.skipped_steps == 1
+    assert metrics.restarts == 1
+    assert metrics.step_time_p50_s == 2.0, "the first steps of a start are no measure"
+    assert metrics.goodput == 0.5
+
+
+def test_percentiles_are_those_of_the_window() -> None:
+    seconds = np.random.default_rng(0).exponential(size=2500).tolist()
+    times = StepTimes()
+    assert times.figures() == {}
+    for value in seconds:
+        times.add(value)
+    window = seconds[-1000:]
+    found = times.figures()
+    assert found["step_time_p50_s"] == statistics.median_low(window)
+    assert found["step_time_p99_s"] == sorted(window)[989]
+    assert found["step_time_recent_s"] == statistics.median_low(window[-10:])
+
+
+def test_straggler_scores_compare_with_the_others() -> None:
+    assert straggler_scores([1.0]) == {}
+    assert straggler_scores([1.0, 3.0]) == {"0": 1 / 3, "1": 3.0}
+    seconds = np.random.default_rng(1).exponential(size=9).tolist()
+    for rank, score in straggler_scores(seconds).items():
+        others = seconds[: int(rank)] + seconds[int(rank) + 1 :]
+        assert score == pytest.approx(seconds[int(rank)] / statistics.median(others))
