@@ -23,6 +23,7 @@ from launcher import (
     probe,
     replan,
     run_dir,
+    see_command,
     show,
     torchrun,
     verify,
@@ -57,6 +58,9 @@ meshwright VERB [key=value ...] [--json]
   export RUN_DIR FOLDER
                     write the weights of the newest good checkpoint as a Hugging Face folder
   show RUN_DIR      plan, state, metrics, predicted against measured
+  report RUN_DIR ...
+                    write one page of it, or of several runs beside each other: out=compare.html
+  watch RUN_DIR     the run on this terminal as it goes; --once for one look
   probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
@@ -102,7 +106,8 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
     if verb in ("--help", "-h", "help") or (
-        verb in ("resume", "export", "show", "probe", "env") and rest in (["--help"], ["-h"])
+        verb in ("resume", "export", "show", "report", "watch", "probe", "env")
+        and rest in (["--help"], ["-h"])
     ):
         print_line(USAGE, sys.stdout)
         return FINISHED
@@ -310,6 +315,8 @@ VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "compare": _compare,
     "resume": _resume,
     "show": _show,
+    "report": see_command.report,
+    "watch": see_command.watch,
     "export": _export,
     "probe": _probe,
     "env": _env,

@@ -12,7 +12,8 @@ from launcher import environments
 from launcher.config import Job
 from launcher.errors import ConfigError
 from launcher.planner import Ranking, by_engine, explain, sensitivity, why
-from launcher.report.page import page, write
+from launcher.report.document import write
+from launcher.report.page import page
 
 WHY, SENSITIVITY = "--why", "--sensitivity"
 FLAGS = (WHY, SENSITIVITY)

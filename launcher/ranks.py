@@ -149,14 +149,16 @@ def pulse_s() -> float:
     on_device = torch.cuda.is_available()
     size, kind = (2048, torch.bfloat16) if on_device else (256, torch.float32)
     factor = torch.full((size, size), 0.5, dtype=kind, device="cuda" if on_device else "cpu")
-    durations = []
-    for _ in range(4):  # the first one warms up; the best of the others is free of chance
-        started = time.perf_counter()
-        factor @ factor
+    started = 0.0
+    for number in range(4):
         if on_device:
             torch.cuda.synchronize()
-        durations.append(time.perf_counter() - started)
-    return min(durations[1:])
+        if number == 1:  # the one before warms up
+            started = time.perf_counter()
+        factor @ factor
+    if on_device:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def device_error() -> type[BaseException]:

@@ -27,6 +27,7 @@ from strategies.spec import Plan, TrainingSpec
 _GIB = 2**30
 _WINDOW = 1000  # newest steps that percentiles are of
 _RECENT = 10
+_SMOOTHING = 0.3  # weight of the newest pulse
 _WARM = 3  # first steps of a start, which no percentile should remember
 
 
@@ -122,6 +123,7 @@ class Observer:
         )
         self._reliability = Reliability(events_file)
         self._skipped = 0
+        self._pulses: list[float] = []  # of each rank, smoothed over samples
         if peers.rank == 0:
             self._remember(read(metrics_file))
 
@@ -205,10 +207,21 @@ class Observer:
             return {}
         return {
             **_worst(found),
+            **self._stragglers([own["pulse"] for own in found]),
             **_plan_error(found, self._setting.predictions),
             **merged([own["node"] for own in found if own["node"]]),
             **self._reliability.update(now=now),
         }
+
+    def _stragglers(self, pulses: Sequence[float | None]) -> dict[str, Any]:
+        """How slow each rank is: one pulse may meet any chance, so they are smoothed over samples."""
+        seconds = [pulse for pulse in pulses if pulse is not None]
+        if len(seconds) < len(pulses):
+            return {}
+        before = self._pulses or seconds
+        self._pulses = [old + _SMOOTHING * (new - old) for old, new in zip(before, seconds, strict=True)]
+        scores = straggler_scores(self._pulses)
+        return {"straggler_score": scores} if scores else {}
 
     def _own(self, result: StepResult) -> dict[str, Any]:
         memory = self._probes.device_memory
@@ -239,7 +252,7 @@ def straggler_scores(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The largest figure of all ranks, where ranks have it, and how slow each one is."""
+    """The largest figure of all ranks, where ranks have it."""
     scales = {
         "loss_max": ("loss", 1.0),
         "memory_peak_gib": ("peak", 1.0),
@@ -251,8 +264,6 @@ def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name, (key, scale) in scales.items():
         if all(own[key] is not None for own in found):
             values[name] = max(own[key] for own in found) / scale
-    if all(own["pulse"] for own in found) and (scores := straggler_scores([own["pulse"] for own in found])):
-        values["straggler_score"] = scores
     return values
 
 

@@ -15,7 +15,9 @@ def cause_of(event: Mapping[str, Any]) -> str:
     if isinstance(event.get("cause"), str):
         return str(event["cause"])
     message = str(event.get("message", ""))
-    if event.get("type") == "DeviceMemoryError":
+    if (
+        event.get("type") == "DeviceMemoryError" or "can't allocate memory" in message
+    ):  # as PyTorch says on a CPU
         return OUT_OF_MEMORY
     if "loss of step" in message:
         return NAN

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from launcher import __version__
-from launcher.errors import LauncherError
-from launcher.files import write_whole
 from launcher.planner import by_engine, explain, sensitivity, why
 from launcher.planner.by_engine import Contest
 from launcher.planner.cost import GIB, parts
@@ -29,22 +26,11 @@ from launcher.planner.tables import (
 )
 from launcher.planner.why import Answer
 from launcher.report import bars, rank_map, scatter, timeline
+from launcher.report.document import document, section, tiles
 from launcher.report.markup import table, tag, text
-from launcher.report.style import css
 from strategies.spec import Plan
 
 _COMPARED = 6  # plans
-
-
-def write(path: Path, html: str) -> None:
-    """Write the page whole or not at all; raise LauncherError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, html)
-    except OSError as error:
-        raise LauncherError(
-            f"report={path} cannot be written: {error.strerror}; name a file in a folder of yours"
-        ) from error
 
 
 def page(
@@ -70,60 +56,39 @@ def page(
             for line in (*explain.header(ranking), *explain.searched(ranking))
         ),
         _tiles(ranking),
-        _section("The plan", _plan(plan)),
-        _section("Memory of each pipeline stage", _memory(ranking)),
-        _section("Seconds of one step", _time(ranking)),
-        _section("Schedule", tag("p", text(_schedule(plan, ranking))), timeline.timeline_chart(plan, cost)),
-        _section(
+        section("The plan", _plan(plan)),
+        section("Memory of each pipeline stage", _memory(ranking)),
+        section("Seconds of one step", _time(ranking)),
+        section("Schedule", tag("p", text(_schedule(plan, ranking))), timeline.timeline_chart(plan, cost)),
+        section(
             "Ranks and nodes",
             tag("p", text(rank_map.cut(cluster))),
             rank_map.rank_map(plan, cluster),
         ),
-        _section("Plans that fit", _candidates(ranking)),
+        section("Plans that fit", _candidates(ranking)),
         _engines(engines, absent or {}),
-        _section("The whole run", *(tag("p", text(f"{w[0].upper()}{w[1:]}.")) for w in run_words(ranking))),
+        section("The whole run", *(tag("p", text(f"{w[0].upper()}{w[1:]}.")) for w in run_words(ranking))),
         _answers(ranking, answers),
         _shifts(ranking, shifts),
         _rejected(ranking),
-        _section("What the estimate leaves out", *(tag("p", text(words)) for words in _left_out(plan))),
+        section("What the estimate leaves out", *(tag("p", text(words)) for words in _left_out(plan))),
         tag("footer", text(f"Meshwright {__version__}. Everything here is a prediction.")),
     ]
-    return _document(f"Plan: {title}", *body)
-
-
-def _document(title: str, *body: str) -> str:
-    head = "".join(
-        [
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width,initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            tag("title", text(title)),
-            tag("style", css()),
-        ]
-    )
-    content = tag("main", *body)
-    return f'<!DOCTYPE html>\n<html lang="en">{tag("head", head)}{tag("body", content)}</html>\n'
-
-
-def _section(title: str, *content: str) -> str:
-    return tag("section", tag("h2", text(title)), *content)
+    return document(f"Plan: {title}", *body)
 
 
 def _tiles(ranking: Ranking) -> str:
     cost, usable = cost_of(ranking.choose()), usable_bytes(ranking.problem.cluster)
     free = usable - cost.memory.total
-    tiles = [
-        ("step", seconds_text(cost.step_s), "s"),
-        ("speed", f"{cost.tokens_per_s_per_gpu:.0f}", "tokens/s/GPU"),
-        ("model FLOPs utilisation", percent_text(cost.mfu), ""),
-        ("memory of the fullest GPU", gib_text(cost.memory.total), f"of {gib_text(usable)} GiB"),
-        ("headroom", gib_text(free), f"GiB, {percent_text(free / usable)}"),
-    ]
-    shown = [
-        tag("div", tag("dt", text(name)), tag("dd", text(value), " ", tag("small", text(unit))))
-        for name, value, unit in tiles
-    ]
-    return tag("dl", *shown, class_="tiles")
+    return tiles(
+        [
+            ("step", seconds_text(cost.step_s), "s"),
+            ("speed", f"{cost.tokens_per_s_per_gpu:.0f}", "tokens/s/GPU"),
+            ("model FLOPs utilisation", percent_text(cost.mfu), ""),
+            ("memory of the fullest GPU", gib_text(cost.memory.total), f"of {gib_text(usable)} GiB"),
+            ("headroom", gib_text(free), f"GiB, {percent_text(free / usable)}"),
+        ]
+    )
 
 
 def _plan(plan: Plan) -> str:
@@ -191,13 +156,13 @@ def _engines(engines: Contest | None, absent: Mapping[str, str]) -> str:
     caption = f"The best plan of every engine: {engines.verdict}"
     figures = table(by_engine.HEADER, rows, caption=caption, words=by_engine.WORDS)
     told = (tag("p", text(f"{words}.")) for words in by_engine.sentences(engines))
-    return _section("Engines side by side", figures, *told)
+    return section("Engines side by side", figures, *told)
 
 
 def _answers(ranking: Ranking, answers: Sequence[Answer]) -> str:
     if not answers:
         return ""
-    return _section("Why not another plan", *(tag("pre", text(why.to_text(a, ranking))) for a in answers))
+    return section("Why not another plan", *(tag("pre", text(why.to_text(a, ranking))) for a in answers))
 
 
 def _shifts(ranking: Ranking, shifts: Sequence[Shift]) -> str:
@@ -206,14 +171,14 @@ def _shifts(ranking: Ranking, shifts: Sequence[Shift]) -> str:
     verdict = sensitivity.verdict(ranking, shifts)
     rows = [sensitivity.cells(ranking, shift) for shift in shifts]
     figures = table(sensitivity.HEADER, rows, caption="The answer on changed hardware", words=(0, 5))
-    return _section("Sensitivity", tag("p", text(f"{verdict[0].upper()}{verdict[1:]}.")), figures)
+    return section("Sensitivity", tag("p", text(f"{verdict[0].upper()}{verdict[1:]}.")), figures)
 
 
 def _rejected(ranking: Ranking) -> str:
     if not ranking.rejected:
         return ""
     rows = [(str(rejection.count), rejection.reason) for rejection in ranking.rejected]
-    return _section("Rejected", table(("plans", "reason"), rows, caption="Classes of plans", words=(1,)))
+    return section("Rejected", table(("plans", "reason"), rows, caption="Classes of plans", words=(1,)))
 
 
 def _left_out(plan: Plan) -> list[str]:

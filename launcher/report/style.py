@@ -69,6 +69,8 @@ a{color:inherit}
 .tiles dt{color:var(--faint);font-size:.85rem}
 .tiles dd{margin:0;font-size:1.35rem;font-variant-numeric:tabular-nums}
 .tiles dd small{font-size:.85rem;color:var(--faint)}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem 1.5rem}
+.charts h3{font-size:1rem;margin:.5rem 0 0;font-weight:600}
 .scroll{overflow-x:auto;margin:.5rem 0}
 .scroll:focus-visible{outline:2px solid var(--c0);outline-offset:2px}
 svg{display:block;width:100%;height:auto}

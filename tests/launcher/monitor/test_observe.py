@@ -119,6 +119,20 @@ def test_ranks_add_the_worst_of_them(make: Callable[..., Observer]) -> None:
     assert len(metrics.cpu_percent) == 2
 
 
+def test_one_slow_pulse_weighs_less_than_many(make: Callable[..., Observer]) -> None:
+    peers = Pair()
+    observer = make(peers=peers)
+    scores = []
+    for number, pulse in enumerate([0.001, 0.011, 0.011, 0.011, 0.011], start=1):
+        peers._other = {"pulse": pulse}
+        score = step(observer, 2 * number).straggler_score
+        assert score is not None
+        scores.append(score["1"])
+    assert scores[:2] == pytest.approx([1.0, 4.0])
+    assert scores == sorted(scores)
+    assert scores[-1] < 11
+
+
 def test_what_an_engine_does_not_tell_is_left_out(make: Callable[..., Observer]) -> None:
     metrics = step(make(peers=Pair(loss=None, pulse=None)), 2)
     assert metrics.loss_max is None
