@@ -7,8 +7,10 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -159,6 +161,29 @@ def pulse_s() -> float:
     if on_device:
         torch.cuda.synchronize()
     return time.perf_counter() - started
+
+
+class Profiler:
+    """PyTorch's profiler over some steps of this rank: operators, kernels, collectives."""
+
+    def __init__(self) -> None:
+        kinds = torch.profiler.ProfilerActivity
+        on_device = [kinds.CUDA] if torch.cuda.is_available() else []
+        self._profile = torch.profiler.profile(activities=[kinds.CPU, *on_device])
+
+    def start(self) -> None:
+        """Begin to record."""
+        self._profile.start()
+
+    def mark(self, name: str) -> AbstractContextManager[Any]:
+        """Name a stretch of the trace."""
+        found: AbstractContextManager[Any] = torch.profiler.record_function(name)
+        return found
+
+    def stop(self, path: Path) -> None:
+        """Stop, and write the trace in Chrome's format, which Perfetto reads as well."""
+        self._profile.stop()
+        self._profile.export_chrome_trace(str(path))
 
 
 def device_error() -> type[BaseException]:

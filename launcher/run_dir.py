@@ -75,6 +75,11 @@ class RunDir:
         return self.metrics / "metrics.jsonl"
 
     @property
+    def traces(self) -> Path:
+        """A Chrome trace a rank of the profiled steps, and their summary."""
+        return self.metrics / "trace"
+
+    @property
     def checkpoints(self) -> Path:
         """step_XXXXXXXXXX folders."""
         return self.path / "checkpoints"

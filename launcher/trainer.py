@@ -21,6 +21,7 @@ from launcher.monitor.metrics import StepMetrics, read
 from launcher.monitor.observe import Observer, Setting
 from launcher.monitor.spikes import SpikeRule
 from launcher.monitor.system import peak_memory_gib
+from launcher.monitor.tracing import Profiler, Tracing
 from launcher.monitor.writers import Writer
 from launcher.run_dir import RunDir
 from launcher.saver import Position, RandomState, Saver
@@ -44,6 +45,7 @@ class Process:
     beat: Callable[[Phase, int], None]  # a sign of life, where this rank may get stuck next
     device_memory: Callable[[], tuple[int, int]] | None = None  # allocated, reserved
     pulse_s: Callable[[], float] | None = None  # a fixed computation, timed
+    open_profiler: Callable[[], Profiler] | None = None
 
 
 @dataclass(kw_only=True)
@@ -78,6 +80,12 @@ class Trainer:
             versions=self.versions,
         )
         self._cadence = Cadence(run=self.run, job=self.job, plan=self.plan, ranks=self.ranks)
+        self._tracing = Tracing(
+            self.job.monitor.profile,
+            directory=self.run.traces,
+            peers=self.ranks,
+            open_profiler=self.process.open_profiler,
+        )
 
     def restore(self) -> None:
         """Go on from the newest good checkpoint, if there is one."""
@@ -131,17 +139,19 @@ class Trainer:
         self._cadence.measured(save_s=stall_s, step_s=statistics.median(self._step_times))
 
     def _one_step(self, loader: BatchLoader, observer: Observer) -> StepMetrics:
-        started = time.perf_counter()
         learning_rate = self.job.training.learning_rate_at(self.step)
-        while loader.consumed_samples in self.job.data.skip_samples:
-            loader.next()
-        batches = loader.next()
-        waited_s = time.perf_counter() - started
-        # Behind the reading: a rank that waits for its data is one beat behind those that wait for it.
-        self.process.beat("stepping" if self._step_times else "warming", self.step)
-        result = self.strategy.train_step(batches, learning_rate=learning_rate)
-        seconds = time.perf_counter() - started
+        with self._tracing.step(self.step + 1):
+            started = time.perf_counter()
+            while loader.consumed_samples in self.job.data.skip_samples:
+                loader.next()
+            batches = loader.next()
+            waited_s = time.perf_counter() - started
+            # Behind the reading: a rank that waits for its data is one beat behind those that wait for it.
+            self.process.beat("stepping" if self._step_times else "warming", self.step)
+            result = self.strategy.train_step(batches, learning_rate=learning_rate)
+            seconds = time.perf_counter() - started
         self.step += 1
+        self._tracing.after(self.step)
         fault = None if result.skipped else self._spikes.fault(result.loss)
         if fault is not None:
             raise BadLossError(

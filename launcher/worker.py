@@ -126,6 +126,7 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
             beat=heart.beat,
             device_memory=torch_side.device_memory(),
             pulse_s=torch_side.pulse_s,
+            open_profiler=torch_side.Profiler,
         ),
         versions=versions(),
     )

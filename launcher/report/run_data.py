@@ -85,7 +85,7 @@ class RunData:
 
 def load(run: RunDir, *, number: int) -> RunData:
     """Read a run directory; raise RunDirError where it is damaged."""
-    trace = run.metrics / "trace" / "summary.json"
+    trace = run.traces / "summary.json"
     return RunData(
         number=number,
         name=run.path.name,

@@ -1,0 +1,67 @@
+"""Parts of a step, by hand: what overlaps counts once, and the parts make up the step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.monitor.trace import STEP, summarise
+
+
+def event(name: str, start: float, end: float, cat: str = "cpu_op", **args: Any) -> dict[str, Any]:
+    return {"ph": "X", "name": name, "ts": start * 1e6, "dur": (end - start) * 1e6, "cat": cat, "args": args}
+
+
+def test_a_step_on_a_cpu() -> None:
+    found = summarise(
+        [
+            event(f"{STEP}4", 0.0, 10.0, "user_annotation"),
+            event("aten::mm", 1.0, 4.0),
+            event("aten::inner", 2.0, 3.0),  # inside the other one
+            event("c10d::allreduce_", 4.0, 4.5),
+            event("gloo:all_reduce", 3.0, 7.0, "user_annotation"),
+            event("aten::add", 7.5, 12.0),  # reaches beyond the step
+            {"ph": "M", "name": "process_name"},
+        ]
+    )
+    assert found.pop("by operation") == {"gloo:all_reduce": pytest.approx(4.0)}
+    assert found == {
+        "step": pytest.approx(10.0),
+        "compute": pytest.approx(5.5),
+        "communication": pytest.approx(4.0),
+        "exposed communication": pytest.approx(3.0),
+        "idle": pytest.approx(1.5),
+    }
+
+
+def test_steps_on_a_gpu_count_kernels_and_name_groups() -> None:
+    found = summarise(
+        [
+            event(f"{STEP}4", 0.0, 5.0, "user_annotation"),
+            event(f"{STEP}5", 5.0, 10.0, "user_annotation"),
+            event("aten::mm", 0.0, 9.0),  # the host's part does not count
+            event("gemm", 1.0, 3.0, "kernel"),
+            event("Memcpy", 3.0, 3.5, "gpu_memcpy"),
+            event(
+                "ncclDevKernel_AllReduce",
+                2.0,
+                6.0,
+                "kernel",
+                **{"Collective name": "allreduce", "Process Group Description": "dp"},
+            ),
+        ]
+    )
+    assert found["step"] == pytest.approx(5.0)
+    assert found["compute"] == pytest.approx(1.25)
+    assert found["communication"] == pytest.approx(2.0)
+    assert found["exposed communication"] == pytest.approx(1.25)
+    assert found["idle"] == pytest.approx(2.5)
+    assert found["by operation"] == {"dp: allreduce": pytest.approx(2.0)}
+    parts = found["compute"] + found["exposed communication"] + found["idle"]
+    assert parts == pytest.approx(found["step"])
+
+
+def test_a_trace_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="no marked step"):
+        summarise([event("aten::mm", 0.0, 1.0)])
