@@ -119,15 +119,7 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
         dataset=dataset,
         strategy=_build_strategy(run, job, plan, ranks),
         ranks=ranks,
-        process=Process(
-            device_peak_bytes=torch_side.device_peak_bytes(),
-            random=RandomState(get=torch_side.random_state, set=torch_side.restore_random_state),
-            is_abandoned=_launcher_is_gone,
-            beat=heart.beat,
-            device_memory=torch_side.device_memory(),
-            pulse_s=torch_side.pulse_s,
-            open_profiler=torch_side.Profiler,
-        ),
+        process=_process(heart),
         versions=versions(),
     )
     log.quiet_libraries()  # engines install handlers of their own when they are imported
@@ -140,6 +132,18 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
     trainer.strategy.teardown()
     # Only on the good way out: beside a failed rank this would wait for peers that never come.
     torch_side.disconnect()
+
+
+def _process(heart: Heart) -> Process:
+    return Process(
+        device_peak_bytes=torch_side.device_peak_bytes(),
+        random=RandomState(get=torch_side.random_state, set=torch_side.restore_random_state),
+        is_abandoned=_launcher_is_gone,
+        beat=heart.beat,
+        device_memory=torch_side.device_memory(),
+        pulse_s=torch_side.pulse_s,
+        open_profiler=torch_side.Profiler,
+    )
 
 
 def _export(trainer: Trainer, directory: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-OUT_OF_MEMORY, NAN, LOST_RANK, FAILED = "out_of_memory", "nan", "lost_rank", "failed"
+OUT_OF_MEMORY, BAD_LOSS, LOST_RANK, FAILED = "out_of_memory", "bad_loss", "lost_rank", "failed"
 
 
 def cause_of(event: Mapping[str, Any]) -> str:
@@ -20,7 +20,7 @@ def cause_of(event: Mapping[str, Any]) -> str:
     ):  # as PyTorch says on a CPU
         return OUT_OF_MEMORY
     if "loss of step" in message:
-        return NAN
+        return BAD_LOSS
     return LOST_RANK if " was killed by " in message else FAILED
 
 
@@ -58,7 +58,7 @@ class Reliability:
         if kind == "started":
             self._starts += 1
         elif kind == "checkpoint":
-            self._checkpoint, self._stall_s = moment, event.get("seconds")
+            self._checkpoint, self._stall_s = moment, event.get("stall_s", event.get("seconds"))
         elif kind == "failed":
             self._failures[cause_of(event)] = moment
 

@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_is_told_once(tmp_path: Path) -> None:
         ) as process,
     ):
         assert process.wait(timeout=240) == 9
-        assert told()["nan"] == 1
+        assert told()["bad_loss"] == 1
 
 
 def test_memory_that_is_refused_is_told_once(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
     [
         ({"type": "DeviceMemoryError", "message": "out of memory: 3 GiB"}, "out_of_memory"),
         ({"type": "TrainingError", "message": "DefaultCPUAllocator: can't allocate memory"}, "out_of_memory"),
-        ({"type": "TrainingError", "message": "the loss of step 6 is nan; the last"}, "nan"),
+        ({"type": "TrainingError", "message": "the loss of step 6 is nan; the last"}, "bad_loss"),
         ({"type": "TrainingError", "message": "rank 1 was killed by SIGKILL; the"}, "lost_rank"),
         ({"type": "RunDirError", "message": "no space is left"}, "failed"),
         ({"type": "TrainingError", "message": "x", "cause": "hang"}, "hang"),
