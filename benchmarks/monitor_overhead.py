@@ -13,13 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from launcher import cli, compose
+from launcher import compose
+from launcher.freeze import freeze
 from launcher.output import Output
 from launcher.submit import local
 
@@ -76,7 +76,7 @@ def is_on(block: int) -> bool:
 def _run(words: Sequence[str], folder: Path, *, block: int, num_ranks: int) -> list[float]:
     """Train once with a worker that turns watching on and off, and return the ends of rank 0's steps."""
     (job,) = compose.jobs([*words, f"cluster.gpus_per_node={num_ranks}", f"run_dir={folder / 'run'}"])
-    run = cli.freeze(replace(job), Output(as_json=True))
+    run = freeze(job, Output(as_json=True))
     python = sys.executable
     command = local.argv(run_dir=run.path, num_processes=num_ranks, port=None, python=python)
     command = ["benchmarks.switched_worker" if word == "launcher.worker" else word for word in command]

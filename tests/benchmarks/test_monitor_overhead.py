@@ -32,7 +32,7 @@ def test_ratios_are_those_of_neighbours() -> None:
 def test_a_short_run_gives_figures(repository: Path) -> None:
     words = [
         "model.num_layers=1",
-        "model.hidden_size=32",
+        "model.hidden_size=48",
         "model.ffn_hidden_size=64",
         "training.sequence_length=16",
     ]

@@ -12,8 +12,8 @@ import pytest
 @pytest.fixture
 def run(tmp_path: Path, call: Callable[..., Any]) -> Path:
     """A run that was frozen and did not train."""
-    from launcher import cli
     from launcher.compose import jobs
+    from launcher.freeze import freeze
     from launcher.output import Output
 
     words = [
@@ -23,7 +23,7 @@ def run(tmp_path: Path, call: Callable[..., Any]) -> Path:
         f"run_dir={tmp_path / 'run'}",
     ]
     (job,) = jobs(words)
-    return cli.freeze(job, Output(as_json=True)).path
+    return freeze(job, Output(as_json=True)).path
 
 
 def test_a_page_lies_in_its_run(run: Path, call: Callable[..., Any]) -> None:
