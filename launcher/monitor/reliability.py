@@ -58,7 +58,7 @@ class Reliability:
         if kind == "started":
             self._starts += 1
         elif kind == "checkpoint":
-            self._checkpoint, self._stall_s = moment, event.get("stall_s", event.get("seconds"))
+            self._checkpoint, self._stall_s = moment, event.get("stall_s")
         elif kind == "failed":
             self._failures[cause_of(event)] = moment
 

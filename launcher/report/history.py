@@ -47,7 +47,7 @@ class _Reader:
         elif kind == "started":
             self._close(now, then=STEPS)
         elif kind == "checkpoint" and self._state == STEPS:
-            saved_from = max(self._since, now - float(event.get("seconds") or 0.0))
+            saved_from = max(self._since, now - float(event.get("stall_s") or 0.0))
             self._close(saved_from, then=SAVING)
             self._close(now, then=STEPS, note=f"checkpoint of step {event.get('step')}")
         elif kind in _ENDS:

@@ -32,7 +32,7 @@ def test_restarts_and_checkpoints_follow_the_events(tmp_path: Path) -> None:
     }
     write(
         file,
-        {"time": 130.0, "event": "checkpoint", "step": 4, "seconds": 2.5},
+        {"time": 130.0, "event": "checkpoint", "step": 4, "seconds": 9.0, "stall_s": 2.5},
         {"time": 140.0, "event": "failed", "type": "DeviceMemoryError", "message": "out of memory"},
         {"time": 150.0, "event": "started"},
     )

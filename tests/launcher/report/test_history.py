@@ -26,7 +26,7 @@ KILLED = [
     event(90, "created"),
     event(100, "launched"),
     event(110, "started"),
-    event(132, "checkpoint", step=10, seconds=2.0),
+    event(132, "checkpoint", step=10, seconds=9.0, stall_s=2.0),
     event(140, "failed", message="rank 1 was killed"),
     event(145, "launched"),
     event(150, "resumed"),
@@ -68,7 +68,7 @@ def test_nothing_happened_yet() -> None:
 @pytest.mark.parametrize("count", [1, 4000])
 def test_the_chart_has_a_lane_a_run_and_stays_small(count: int) -> None:
     many = [event(0, "launched"), event(1, "started")]
-    many += [event(2 + i, "checkpoint", step=i, seconds=0.3) for i in range(count)]
+    many += [event(2 + i, "checkpoint", step=i, stall_s=0.3) for i in range(count)]
     html = history_chart([("one", spans_of(KILLED, last=None)), ("two", spans_of(many, last=None))])
     assert "one" in html
     assert "two" in html
