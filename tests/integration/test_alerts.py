@@ -35,6 +35,8 @@ SMALL = (
     ),
 )
 ENDLESS = "training.num_steps=1000000"
+# A crowded machine is slow now and then, which is another alert.
+CALM = ("monitor.alerts.slowdown=0", "monitor.alerts.least_goodput=0")
 
 
 @contextmanager
@@ -159,7 +161,7 @@ def test_every_cause_of_a_run_with_two_ranks_is_told_once(tmp_path: Path) -> Non
 
 def test_a_loss_that_is_no_number_is_told_once(tmp_path: Path) -> None:
     words = ("cluster.gpus_per_node=1", "training.num_steps=50", "training.learning_rate=1e30")
-    words += ("training.warmup_steps=0", "training.max_grad_norm=0")
+    words += ("training.warmup_steps=0", "training.max_grad_norm=0", *CALM)
     with webhook() as (url, told), training(tmp_path / "run", url, *words) as process:
         wait_for(lambda: "bad_loss" in told(), "a loss that is no number")
         end(process)
@@ -168,7 +170,7 @@ def test_a_loss_that_is_no_number_is_told_once(tmp_path: Path) -> None:
 
 def test_memory_that_is_refused_is_told_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with webhook() as (url, told), training(run, url, ENDLESS, "cluster.gpus_per_node=1") as process:
+    with webhook() as (url, told), training(run, url, ENDLESS, "cluster.gpus_per_node=1", *CALM) as process:
         wait_for(lambda: num_steps(run) > 5, "steps")
         (worker,) = workers(run)
         worker.rlimit(resource.RLIMIT_AS, (worker.memory_info().vms, resource.RLIM_INFINITY))

@@ -158,10 +158,10 @@ def test_every_scrape_is_one_step_of_them(told: Told, truth: dict[Point, float])
             assert scraped["train/loss"] == truth["train/loss", step]
 
 
-def test_the_restart_is_told_to_the_webhook_by_nobody_without_an_address(told: Told) -> None:
-    assert "MESHWRIGHT_WEBHOOK_URL" not in os.environ
-    (alert,) = [json.loads(line) for line in (told.run / "metrics" / "alerts.jsonl").read_text().splitlines()]
-    assert alert["cause"] == "lost_rank"
+def test_the_restart_is_told_once_also_where_nobody_listens(told: Told) -> None:
+    lines = (told.run / "metrics" / "alerts.jsonl").read_text().splitlines()
+    # A crowded machine may have been slow as well.
+    assert [json.loads(line)["cause"] for line in lines].count("lost_rank") == 1
 
 
 def test_without_the_packages_a_run_trains_and_says_what_is_off(
