@@ -28,6 +28,7 @@ from launcher import (
     torchrun,
     verify,
 )
+from launcher.cluster import nccl
 from launcher.config import Job
 from launcher.errors import (
     FINISHED,
@@ -150,7 +151,15 @@ def _compose(arguments: list[str], output: Output) -> list[Job]:
         raise ConfigError(
             f"strategies=[{','.join(several)}] is a key of `meshwright compare`; name one engine with strategy=NAME"
         )
+    for job in jobs:
+        _check_nccl(job)
     return jobs
+
+
+def _check_nccl(job: Job) -> None:
+    told = nccl.report(job.cluster, deterministic=job.training.deterministic)
+    for sentence in nccl.warnings(told):
+        print_line(f"meshwright: {sentence}", sys.stderr)
 
 
 def _verify(arguments: list[str], output: Output) -> int:
@@ -217,6 +226,8 @@ def _compare(arguments: list[str], output: Output) -> int:
     compare.refuse(arguments)
     _check_asks(arguments, output)
     jobs = compose.jobs(arguments)
+    for job in jobs:
+        _check_nccl(job)
     return next((code for job in jobs if (code := compare.run(job, output)) != FINISHED), FINISHED)
 
 

@@ -41,7 +41,7 @@ from strategies.names import suggest
 
 # Groups of keys that no YAML lists: what is passed through, where a model may come from, what a run costs.
 OPEN_KEYS = re.compile(
-    r"^(strategy\.engine\.|model\.(hf_config|weights)=|cluster\.(price_per_gpu_hour|mttf_hours_per_gpu|storage_gb_per_s)=)"
+    r"^(strategy\.engine\.|model\.(hf_config|weights)=|cluster\.(price_per_gpu_hour|mttf_hours_per_gpu|storage_gb_per_s|fabric)=)"
 )
 OUR_FLAGS = ("--json", "--why", "--sensitivity")  # the last two of `plan` only
 _CLUSTER_FILE = "from_file"  # an option of the group `cluster` that no packaged file has

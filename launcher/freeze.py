@@ -11,6 +11,7 @@ import psutil
 
 import launcher.planner.explain as explain
 from launcher import compose, environments, plan_command, planner, provenance, replan, run_dir, torchrun
+from launcher.cluster import nccl
 from launcher.config import Job
 from launcher.data.tokens import prepare
 from launcher.errors import ConfigError, RunDirError
@@ -26,10 +27,10 @@ def rank(job: Job) -> planner.Ranking:
     return planner.achieve(job.goal, replan.problem(job, compose.strategies_of(job)))
 
 
-def freeze(job: Job, output: Output, *, in_full: bool = True) -> RunDir:
+def freeze(job: Job, output: Output, *, in_full: bool = True, runs_here: bool = True) -> RunDir:
     """Plan, prepare the data, and write the run directory; under a restarted torchrun find it again.
 
-    `in_full` tells how the plan was found, else only what it is.
+    `in_full` tells how the plan was found, else only what it is; `runs_here` asks whether this host can run it.
     """
     ranking = rank(job)
     chosen = ranking.choose()
@@ -37,7 +38,7 @@ def freeze(job: Job, output: Output, *, in_full: bool = True) -> RunDir:
     python = environments.choose(
         chosen.plan.strategy, named=job.submit.python, is_given=torchrun.started_us()
     )
-    if not torchrun.started_us():
+    if runs_here and not torchrun.started_us():
         local.check_host(
             job.cluster, chosen.plan, start="train ...` with the same words and a shared run_dir"
         )
@@ -53,6 +54,7 @@ def freeze(job: Job, output: Output, *, in_full: bool = True) -> RunDir:
         job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
     )
     facts = provenance.collect(command=sys.argv, directory=Path.cwd(), interpreter=python)
+    facts["nccl"] = nccl.to_json(nccl.report(job.cluster, deterministic=job.training.deterministic))
     run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
     output.say(f"run directory {run.path}")
     return run

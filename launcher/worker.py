@@ -23,6 +23,7 @@ import psutil
 import strategies
 from launcher import interpreter
 from launcher import ranks as torch_side
+from launcher.cluster import nccl
 from launcher.config import Job
 from launcher.decode import encode
 from launcher.errors import (
@@ -110,6 +111,8 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
     except ValueError as error:
         raise EngineError(str(error)) from error
     on_device = plan.strategy in strategies.ENGINE_PACKAGES and job.cluster.gpu.device == "cuda"
+    if on_device:
+        nccl.fill(os.environ, nccl.fabric_of(job.cluster, nccl.look(os.environ)))
     ranks = torch_side.connect(os.environ, on_device=on_device, store=store)
     log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
     trainer = Trainer(
@@ -168,9 +171,11 @@ def _export(trainer: Trainer, directory: Path) -> None:
 
 
 def _train(trainer: Trainer, run: RunDir, job: Job, ranks: Ranks) -> None:
-    hosts = sorted(set(ranks.gather(socket.gethostname())))
+    by_host = dict(ranks.gather((socket.gethostname(), nccl.look(os.environ))))
     if ranks.rank == 0:
-        run.log_event("started", step=trainer.step, hosts=hosts)
+        run.log_event("started", step=trainer.step, hosts=sorted(by_host))
+        for sentence in nccl.differences(by_host):
+            logger.warning("%s", sentence)
         trainer.sinks = _open_sinks(run, job, start_step=trainer.step)
     # What set-up made lives as long as the run: full collections need not walk it at some step or other.
     gc.collect()

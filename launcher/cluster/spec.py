@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from launcher.cluster.efficiency import Efficiency
+from launcher.cluster.nccl_variables import Fabric
 from strategies.spec import Precision
 
 
@@ -98,6 +99,8 @@ class ClusterSpec:
     )
     storage_gb_per_s: float | None = None  # what all nodes together write checkpoints at
     measured: Measured | None = None  # null: from data sheets, fits to published runs, or guesses
+    fabric: Fabric | None = None  # what NCCL meets between nodes; null: read out of the last link's name
+    partition: str | None = None  # of Slurm, that the nodes are in; null: the default one
 
     def __post_init__(self) -> None:
         for key in ("num_nodes", "gpus_per_node"):

@@ -10,7 +10,7 @@ import pytest
 
 from launcher import compose, freeze
 from launcher.config import Job
-from launcher.errors import ConfigError, RunDirError
+from launcher.errors import ClusterError, ConfigError, RunDirError
 from launcher.output import Output
 from launcher.planner.goals import Goal
 
@@ -54,3 +54,20 @@ def test_a_goal_that_changed_the_cluster_is_not_frozen(job: Job) -> None:
     with pytest.raises(ConfigError, match="goal=cheapest plans other hardware"):
         freeze.freeze(cheap, QUIET)
     assert not Path(str(job.run_dir)).exists()
+
+
+def test_what_nccl_was_told_is_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_IB_SL", "1")
+    words = ("strategy=fake", "experiment=smoke", "cluster=h100_sxm", "cluster.gpus_per_node=1")
+    (planned,) = compose.jobs([*words, f"run_dir={tmp_path}/gpu"])
+    kept = json.loads(freeze.freeze(planned, QUIET).env_file.read_text())["nccl"]
+    assert kept["fabric"] == "infiniband"
+    assert kept["inherited"]["NCCL_IB_SL"] == ["1", "the environment"]
+    assert kept["findings"] == []
+
+
+def test_several_nodes_are_frozen_only_for_somebody_who_starts_them(tmp_path: Path) -> None:
+    (planned,) = compose.jobs(["strategy=fake", "cluster.num_nodes=2", f"run_dir={tmp_path}/two"])
+    with pytest.raises(ClusterError, match="needs a start on every node"):
+        freeze.freeze(planned, QUIET)
+    assert freeze.freeze(planned, QUIET, runs_here=False).job().cluster.num_nodes == 2
