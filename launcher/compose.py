@@ -28,8 +28,9 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import strategies
 from launcher import calibrate, environments, torchrun
-from launcher.cluster import detect
+from launcher.cluster import detect, slurm
 from launcher.cluster.spec import ClusterSpec
+from launcher.cluster.switches import tiers
 from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.defaults import complete_training
@@ -260,7 +261,10 @@ def _cluster(section: Mapping[str, Any]) -> ClusterSpec:
     section = _match_torchrun(section)
     if section.get("name") == "local":
         section = detect.complete(section)
-    return decode(ClusterSpec, section, "cluster")
+    if section.get("name") == "slurm":
+        section = slurm.complete(section, slurm.ask())
+    spec = decode(ClusterSpec, section, "cluster")
+    return replace(spec, links=tiers(spec.links, spec.switches, gpus_per_node=spec.gpus_per_node))
 
 
 def _match_torchrun(section: Mapping[str, Any]) -> Mapping[str, Any]:

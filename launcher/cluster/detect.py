@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import yaml
 
-from launcher.cluster.spec import ClusterSpec
-from launcher.decode import decode
+from launcher.cluster.gpu_matrix import GpuMatrix, parse, refine
+from launcher.cluster.spec import ClusterSpec, Link
+from launcher.decode import decode, encode
 from launcher.errors import ClusterError
 
 GIB = 2**30
@@ -56,6 +57,7 @@ class Machine:
     gpus: tuple[DetectedGpu, ...]
     num_cores: int
     memory_gib: float  # host memory that is free to use
+    matrix: GpuMatrix | None = None  # how the GPUs hang together; None: unknown, or some are hidden
 
 
 def detect(overrides: Mapping[str, Any]) -> ClusterSpec:
@@ -87,11 +89,18 @@ def probe() -> Machine:
     gpus = _query_nvml()
     if gpus is None:
         gpus = _query_nvidia_smi()
+    visible = select_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Machine(
-        gpus=tuple(select_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))),
+        gpus=tuple(visible),
         num_cores=count_cores(),
         memory_gib=_free_memory_bytes() / GIB,
+        matrix=query_matrix() if len(gpus) == len(visible) > 1 else None,
     )
+
+
+def query_matrix() -> GpuMatrix | None:
+    """Ask nvidia-smi how the GPUs hang together; None where it cannot say."""
+    return parse(_nvidia_smi("topo", "-m"))
 
 
 def select_visible(gpus: Sequence[DetectedGpu], visible: str | None) -> list[DetectedGpu]:
@@ -123,14 +132,14 @@ def _describe_gpus(machine: Machine, wanted: int | None) -> dict[str, Any]:
             f"cluster.gpus_per_node={wanted} exceeds the {len(machine.gpus)} GPUs visible here; "
             f"use {len(machine.gpus)} or less"
         )
-    preset = _preset_for(names[0]) or _unknown_gpu(machine.gpus[0])
+    known = _preset_for(names[0]) or _unknown_gpu(machine.gpus[0])
     memory_gib = round(min(gpu.memory_gib for gpu in machine.gpus), 2)
     return {
         "gpus_per_node": wanted or len(machine.gpus),
-        "gpu": preset["gpu"] | {"name": names[0], "memory_gib": memory_gib},
-        "links": preset["links"],
+        "gpu": known["gpu"] | {"name": names[0], "memory_gib": memory_gib},
+        "links": _links(known["links"], machine.matrix),
         "host_memory_gib": round(machine.memory_gib, 2),
-        "reserved_gib": preset["reserved_gib"],
+        "reserved_gib": known["reserved_gib"],
     }
 
 
@@ -157,16 +166,24 @@ def _describe_cpu(machine: Machine, wanted: int | None) -> dict[str, Any]:
 
 
 def _preset_for(name: str) -> dict[str, Any] | None:
-    for pattern, preset in _PRESETS:
-        if pattern.search(name):
-            loaded = _packaged("cluster", preset)
-            # What Hydra would make of the preset's only default: the efficiency of its kind of GPU.
-            kinds = [
-                default["/efficiency@gpu.efficiency"] for default in loaded["defaults"] if default != "_self_"
-            ]
-            loaded["gpu"]["efficiency"] = _packaged("efficiency", kinds[0])
-            return loaded
-    return None
+    found = next((known for pattern, known in _PRESETS if pattern.search(name)), None)
+    return preset(found) if found else None
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Return a packaged cluster as Hydra would compose it; raise ClusterError for one that is not there."""
+    try:
+        loaded = _packaged("cluster", name)
+    except FileNotFoundError as error:
+        raise ClusterError(
+            f"cluster.preset={name} is no packaged cluster; use h100_sxm or the like"
+        ) from error
+    # What Hydra would make of the preset's only default: the efficiency of its kind of GPU.
+    defaults = loaded.pop("defaults", [])
+    kinds = [default["/efficiency@gpu.efficiency"] for default in defaults if default != "_self_"]
+    if kinds:
+        loaded["gpu"]["efficiency"] = _packaged("efficiency", kinds[0])
+    return loaded
 
 
 def _packaged(group: str, name: str) -> dict[str, Any]:
@@ -221,16 +238,28 @@ def _text(value: str | bytes) -> str:
 
 def _query_nvidia_smi() -> list[DetectedGpu]:
     """All GPUs by the command-line tool; none when it is absent or fails."""
+    query = "--query-gpu=index,uuid,name,memory.total,compute_cap"
+    return parse_nvidia_smi(_nvidia_smi(query, "--format=csv,noheader,nounits"))
+
+
+def _nvidia_smi(*words: str) -> str:
+    """What the tool prints; nothing where it is absent or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return []
-    query = "--query-gpu=index,uuid,name,memory.total,compute_cap"
-    command = [tool, query, "--format=csv,noheader,nounits"]
+        return ""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run([tool, *words], capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_nvidia_smi(result.stdout)
+        return ""
+    return done.stdout
+
+
+def _links(known: list[dict[str, Any]], matrix: GpuMatrix | None) -> list[dict[str, Any]]:
+    """Tiers of the preset, as far as the node agrees."""
+    if matrix is None:
+        return known
+    links = tuple(decode(Link, link, "cluster.links") for link in known)
+    return [encode(link) for link in refine(links, matrix)]
 
 
 def parse_nvidia_smi(text: str) -> list[DetectedGpu]:

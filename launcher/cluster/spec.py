@@ -74,6 +74,20 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Switch:
+    """A switch of the network between nodes: it joins hosts, or switches below it."""
+
+    name: str
+    hosts: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
+    oversubscription: float = 1.0  # bandwidth below it by bandwidth above it: 2 where uplinks carry half
+
+    def __post_init__(self) -> None:
+        if not self.oversubscription >= 1:
+            raise ValueError(f"cluster.switches.oversubscription={self.oversubscription} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """When and where `meshwright probe` measured the figures of a cluster."""
 
@@ -101,6 +115,7 @@ class ClusterSpec:
     measured: Measured | None = None  # null: from data sheets, fits to published runs, or guesses
     fabric: Fabric | None = None  # what NCCL meets between nodes; null: read out of the last link's name
     partition: str | None = None  # of Slurm, that the nodes are in; null: the default one
+    switches: tuple[Switch, ...] = ()  # between the nodes; they add tiers to `links` and order the hosts
 
     def __post_init__(self) -> None:
         for key in ("num_nodes", "gpus_per_node"):

@@ -26,7 +26,7 @@ def files(group: str) -> dict[str, dict[str, Any]]:
 
 
 EFFICIENCIES = files("efficiency")
-CLUSTERS = {name: values for name, values in files("cluster").items() if name != "local"}
+CLUSTERS = {name: values for name, values in files("cluster").items() if name not in ("local", "slurm")}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ PRESETS = [
     for entry in sorted(
         (resources.files("hydra_configs") / "cluster").iterdir(), key=lambda entry: entry.name
     )
-    if entry.name.endswith(".yaml") and entry.name != "local.yaml"
+    if entry.name.endswith(".yaml") and entry.name not in ("local.yaml", "slurm.yaml")
 ]
 
 
