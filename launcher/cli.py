@@ -25,10 +25,11 @@ from launcher import (
     run_dir,
     see_command,
     show,
+    submit_command,
     torchrun,
     verify,
 )
-from launcher.cluster import nccl
+from launcher.cluster import nccl, placement
 from launcher.config import Job
 from launcher.errors import (
     FINISHED,
@@ -56,6 +57,11 @@ meshwright VERB [key=value ...] [--json]
                     and hold their losses against each other: a table and a picture
   resume RUN_DIR    go on from the newest good checkpoint; plan.tp=1 and the like behind it go on under another
                     plan, where the engine's checkpoints allow it
+  submit [RUN_DIR]  plan, freeze and queue with submit=slurm, print with submit=torchrun, start on hosts with
+                    submit=ssh; --dry-run only tells. A RUN_DIR is queued again
+  status RUN_DIR    where its jobs and its steps stand
+  cancel RUN_DIR    leave with a checkpoint; --now without
+  logs RUN_DIR      what it wrote; -f goes on
   export RUN_DIR FOLDER
                     write the weights of the newest good checkpoint as a Hugging Face folder
   show RUN_DIR      plan, state, metrics, predicted against measured
@@ -66,7 +72,7 @@ meshwright VERB [key=value ...] [--json]
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
-`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify, train and compare:
+`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify, train, compare, submit:
 --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
@@ -106,10 +112,7 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
-    if verb in ("--help", "-h", "help") or (
-        verb in ("resume", "export", "show", "report", "watch", "probe", "env")
-        and rest in (["--help"], ["-h"])
-    ):
+    if verb in ("--help", "-h", "help") or (verb in _OWN_HELP and rest in (["--help"], ["-h"])):
         print_line(USAGE, sys.stdout)
         return FINISHED
     if verb == "--version":
@@ -231,6 +234,16 @@ def _compare(arguments: list[str], output: Output) -> int:
     return next((code for job in jobs if (code := compare.run(job, output)) != FINISHED), FINISHED)
 
 
+def _submit(arguments: list[str], output: Output) -> int:
+    plan_command.refuse("submit", arguments)
+    dry_run, words = submit_command.take(arguments)
+    if verify.names_a_run(words):
+        return submit_command.submit_run(_open_argument("submit", words), output, dry_run=dry_run)
+    for job in _compose(words, output):
+        submit_command.submit(job, output, dry_run=dry_run)
+    return FINISHED
+
+
 # ---- verbs on a run directory -------------------------------------------------------------------------------------
 
 
@@ -282,6 +295,21 @@ def _show(arguments: list[str], output: Output) -> int:
     return _report(_open_argument("show", arguments), output)
 
 
+def _status(arguments: list[str], output: Output) -> int:
+    return submit_command.status(_open_argument("status", arguments), output)
+
+
+def _cancel(arguments: list[str], output: Output) -> int:
+    at_once, words = "--now" in arguments, [word for word in arguments if word != "--now"]
+    return submit_command.cancel(_open_argument("cancel", words), output, at_once=at_once)
+
+
+def _logs(arguments: list[str], output: Output) -> int:
+    words = [word for word in arguments if word not in ("-f", "--follow")]
+    run = _open_argument("logs", words)
+    return submit_command.logs(run, output, follow=len(words) < len(arguments))
+
+
 def _open_argument(verb: str, arguments: Sequence[str]) -> RunDir:
     flags = [word for word in arguments if word.startswith("-")]
     if flags:
@@ -294,6 +322,9 @@ def _open_argument(verb: str, arguments: Sequence[str]) -> RunDir:
 
 
 def _drive(run: RunDir, output: Output) -> int:
+    cluster = run.job().cluster
+    if cluster.gpu.device == "cuda" and cluster.gpus_per_node > 1:
+        placement.place(os.environ)  # the workers inherit it
     code = run_workers(run, quiet_stdout=output.as_json)
     if code == FINISHED and show.describe(run)["state"] == "finished":
         checks.check(run, quiet_stdout=output.as_json, say=output.say)
@@ -319,10 +350,15 @@ def _probe(arguments: list[str], output: Output) -> int:
     return FINISHED
 
 
+_OWN_HELP = ("resume", "export", "show", "report", "watch", "status", "cancel", "logs", "probe", "env")
 VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "plan": _plan,
     "verify": _verify,
     "train": _train,
+    "submit": _submit,
+    "status": _status,
+    "cancel": _cancel,
+    "logs": _logs,
     "compare": _compare,
     "resume": _resume,
     "show": _show,

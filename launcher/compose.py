@@ -42,9 +42,9 @@ from strategies.names import suggest
 
 # Groups of keys that no YAML lists: what is passed through, where a model may come from, what a run costs.
 OPEN_KEYS = re.compile(
-    r"^(strategy\.engine\.|model\.(hf_config|weights)=|cluster\.(price_per_gpu_hour|mttf_hours_per_gpu|storage_gb_per_s|fabric)=)"
+    r"^(strategy\.engine\.|submit\.(sbatch|srun)\.|model\.(hf_config|weights)=|cluster\.(price_per_gpu_hour|mttf_hours_per_gpu|storage_gb_per_s|fabric)=)"
 )
-OUR_FLAGS = ("--json", "--why", "--sensitivity")  # the last two of `plan` only
+OUR_FLAGS = ("--json", "--dry-run", "--why", "--sensitivity")  # of `submit`, of `plan`
 _CLUSTER_FILE = "from_file"  # an option of the group `cluster` that no packaged file has
 
 

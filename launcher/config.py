@@ -30,12 +30,38 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig:
-    """How workers are started here."""
+    """How workers are started: here, by Slurm, or on hosts that are named (torchrun on each, or through ssh)."""
 
-    name: Literal["local"] = "local"
-    port: int | None = None  # rendezvous port on this host; null: a free one
+    name: Literal["local", "slurm", "torchrun", "ssh"] = "local"
+    port: int | None = None  # of the rendezvous; null: a free one, or one that the job's number gives
     # Python of the workers. null: this one where it has the engine, else the one of `meshwright env create`.
     python: str | None = None
+    prefix: tuple[str, ...] = ()  # before that Python on each node: a container's command
+    inside: str | None = None  # Python inside the container that `prefix` or `srun` opens
+    wait: bool = False  # until the job has ended
+    # Slurm. Flags by name: {partition: gpu, exclusive: true} is --partition=gpu --exclusive.
+    sbatch: Mapping[str, Any] = field(default_factory=dict)
+    srun: Mapping[str, Any] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    signal_s: int = 180  # before the time limit, to save and leave
+    requeue: bool = True
+    max_restarts: int = 3  # from one and the same checkpoint
+    chain: int = 1  # jobs, each begun when the one before has ended
+    after: str | None = None  # a dependency as sbatch writes it: afterok:123
+    # Hosts without Slurm.
+    hosts: tuple[str, ...] = ()
+    hostfile: str | None = None  # one host a line; `slots=8` and the like behind it are left alone
+    ssh: tuple[str, ...] = ("ssh", "-o", "BatchMode=yes")
+
+    def __post_init__(self) -> None:
+        for key, lowest in (("signal_s", 1), ("max_restarts", 0), ("chain", 1)):
+            if getattr(self, key) < lowest:
+                raise ValueError(f"submit.{key}={getattr(self, key)} must be at least {lowest}")
+        if self.inside is not None and not self.prefix and not self.srun:
+            raise ValueError(
+                f"submit.inside={self.inside} is a Python inside a container, which submit.prefix or submit.srun "
+                "has to open; set one, or name the Python with submit.python"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,13 @@ from launcher.cluster import nccl
 from launcher.config import Job
 from launcher.data.tokens import prepare
 from launcher.errors import ConfigError, RunDirError
+from launcher.interpreter import Interpreter
 from launcher.output import Output
 from launcher.planner.tables import describe
 from launcher.report.page import page
 from launcher.run_dir import RunDir
 from launcher.submit import local
+from strategies.spec import Plan
 
 
 def rank(job: Job) -> planner.Ranking:
@@ -35,9 +37,7 @@ def freeze(job: Job, output: Output, *, in_full: bool = True, runs_here: bool = 
     ranking = rank(job)
     chosen = ranking.choose()
     _check_goal(job, ranking)
-    python = environments.choose(
-        chosen.plan.strategy, named=job.submit.python, is_given=torchrun.started_us()
-    )
+    python = _python(job, chosen.plan.strategy)
     if runs_here and not torchrun.started_us():
         local.check_host(
             job.cluster, chosen.plan, start="train ...` with the same words and a shared run_dir"
@@ -58,6 +58,20 @@ def freeze(job: Job, output: Output, *, in_full: bool = True, runs_here: bool = 
     run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
     output.say(f"run directory {run.path}")
     return run
+
+
+def preview(job: Job) -> tuple[Path, Plan, Interpreter]:
+    """Return where the run would lie, its plan and the workers' Python, and write nothing."""
+    ranking = rank(job)
+    plan = ranking.choose().plan
+    _check_goal(job, ranking)
+    return _run_path(job, plan.strategy), plan, _python(job, plan.strategy)
+
+
+def _python(job: Job, strategy: str) -> Interpreter:
+    if job.submit.inside is not None:  # nobody can ask a container that is not open
+        return Interpreter(path=job.submit.inside, kind="named")
+    return environments.choose(strategy, named=job.submit.python, is_given=torchrun.started_us())
 
 
 def _check_goal(job: Job, ranking: planner.Ranking) -> None:

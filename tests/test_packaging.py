@@ -32,6 +32,7 @@ def test_wheel_holds_our_packages_and_nothing_else(repository: Path, tmp_path: P
         "launcher",
         "strategies",
     }
+    assert "launcher/submit/train.sbatch" in names
     packed = {name for name in names if name.endswith((".py", ".yaml"))}
     for package in ("launcher", "strategies", "hydra_configs"):
         for source in (repository / package).rglob("*"):

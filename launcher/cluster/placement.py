@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 
 from launcher.cluster import detect, gpu_matrix, switches
 from launcher.cluster.gpu_matrix import GpuMatrix
@@ -45,6 +45,13 @@ def devices(matrix: GpuMatrix | None, environ: Mapping[str, str]) -> str | None:
         return None
     wanted = [index for index in order if index in visible]
     return ",".join(wanted) if wanted != visible else None
+
+
+def place(environ: MutableMapping[str, str]) -> None:
+    """Put this node's GPUs in the order of their islands, for processes that inherit `environ`."""
+    ordered = devices(detect.query_matrix(), environ)
+    if ordered is not None:
+        environ.update({"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ordered})
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -10,6 +10,7 @@ import yaml
 
 import strategies
 from launcher import compose, environments
+from launcher.cluster import detect, slurm
 from launcher.config import Job
 from launcher.errors import ConfigError
 from strategies.hf_config import to_hf_config
@@ -43,8 +44,13 @@ GROUPS = (
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_shipped_option_composes_and_decodes(repository: Path, tmp_path: Path, group: str) -> None:
+def test_every_shipped_option_composes_and_decodes(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str
+) -> None:
     assert options(repository, group)
+    node = "NodeName=n0 CPUTot=96 RealMemory=2000000 State=IDLE Gres=gpu:h100:8 Partitions=gpu"
+    told = slurm.Told(nodes=node, topology="", partitions="PartitionName=gpu Default=YES")
+    monkeypatch.setattr(slurm, "ask", lambda: told)  # asked on a real Slurm by tests/slurm
     for option in options(repository, group):
         extra = (f"data.paths=[{tmp_path}]",) if group == "data" and option != "stdlib" else ()
         extra += ("goal.max_step_s=1",) if option == "fewest_gpus" else ()
@@ -143,3 +149,18 @@ def test_goals_and_what_they_cost() -> None:
         job_of("goal=fewest_gpus")
     with pytest.raises(ConfigError, match=r"cluster\.price_per_gpu_hour=0\.0 must be above 0, or null"):
         job_of("cluster.price_per_gpu_hour=0")
+
+
+def test_switches_of_a_cluster_file_become_tiers(tmp_path: Path) -> None:
+    known = detect.preset("h100_sxm")
+    known["switches"] = [
+        {"name": "leaf0", "hosts": ["a", "b"], "oversubscription": 2},
+        {"name": "leaf1", "hosts": ["c", "d"], "oversubscription": 2},
+        {"name": "spine", "switches": ["leaf0", "leaf1"]},
+    ]
+    file = tmp_path / "site.yaml"
+    file.write_text(yaml.safe_dump(known))
+    (job,) = compose.jobs([f"cluster={file}", "cluster.num_nodes=4"])
+    assert [link.size for link in job.cluster.links] == [8, 16, None]
+    assert [link.gb_per_s for link in job.cluster.links] == [450, 50, 25]
+    assert [switch.name for switch in job.cluster.switches] == ["leaf0", "leaf1", "spine"]

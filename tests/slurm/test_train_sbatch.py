@@ -1,88 +1,77 @@
-"""The batch script, run as Slurm would run it, with stand-ins for srun and scontrol; the workers are real."""
+"""What the batch script says before it asks Slurm for anything; the rest of it runs in test_cluster.py."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
+import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-WORDS = (
-    *("strategy=fake", "monitor=none", "data.max_bytes=200000"),
-    *("training.sequence_length=32", "training.global_batch_size=8"),
-)
 
-
-@pytest.fixture
-def environment(tmp_path: Path, repository: Path) -> dict[str, str]:
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    scripts = {
-        "srun": 'shift\nexec "$@"\n',
-        "scontrol": f'case $1 in show) echo 127.0.0.1;; requeue) echo "$2" >> "{tmp_path}/requeued";; esac\n',
-    }
-    for name, text in scripts.items():
-        (tools / name).write_text("#!/usr/bin/env bash\n" + text)
-        (tools / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1"}
-    path = os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return {**os.environ, **job, "PATH": path, "PYTHONPATH": str(repository), "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def start(repository: Path, run: Path, *words: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-    command = [str(repository / "slurm" / "train.sbatch"), str(run), *WORDS, *words]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+def run(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(repository / "slurm" / "train.sbatch"), *words],
+        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 
-def last_step(run: Path) -> int:
-    metrics = run / "metrics" / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+@pytest.fixture
+def frozen(tmp_path: Path) -> Path:
+    """A run directory as far as the script looks at it."""
+    path = tmp_path / "my run"
+    for folder in ("logs", "checkpoints"):
+        (path / folder).mkdir(parents=True)
+    (path / "events.jsonl").write_text('{"time": 1.0, "event": "created"}\n')
+    return path
 
 
-def test_a_run_that_ends_is_not_requeued(
-    tmp_path: Path, repository: Path, environment: dict[str, str]
-) -> None:
-    run = tmp_path / "my run"
-    with start(repository, run, "training.num_steps=5", environment=environment) as process:
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert last_step(run) == 5
-    assert not (tmp_path / "requeued").exists()
-
-
-def test_a_warning_saves_requeues_and_goes_on_in_the_same_folder(
-    tmp_path: Path, repository: Path, environment: dict[str, str]
-) -> None:
-    run, reached = tmp_path / "run", 0
-    for turn in (1, 2):
-        with start(repository, run, "training.num_steps=10000000", environment=environment) as process:
-            deadline = time.monotonic() + 120
-            while last_step(run) <= reached and time.monotonic() < deadline:
-                time.sleep(0.1)
-            process.send_signal(signal.SIGUSR1)
-            output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        assert last_step(run) > reached
-        reached = last_step(run)
-        assert len((tmp_path / "requeued").read_text().splitlines()) == turn
-        assert not (run / "stop").exists()
-    events = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
-    assert events.count("created") == 1
-    assert events.count("resumed") == 1
-
-
-def test_without_a_run_directory_it_says_how_it_is_used(
-    repository: Path, environment: dict[str, str]
-) -> None:
-    script = str(repository / "slurm" / "train.sbatch")
-    done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
+def test_without_a_run_directory_it_says_how_it_is_used(repository: Path) -> None:
+    done = run(repository)
     assert done.returncode == 1
     assert "usage: train.sbatch RUN_DIR" in done.stderr
+
+
+def test_a_word_it_does_not_know_is_named(repository: Path, frozen: Path) -> None:
+    done = run(repository, str(frozen), "pyton=python3")
+    assert done.returncode == 2
+    assert "'pyton=python3' is no word of mine" in done.stderr
+
+
+def test_a_finished_run_is_left_alone(repository: Path, frozen: Path) -> None:
+    with (frozen / "events.jsonl").open("a") as file:
+        file.write('{"time": 2.0, "event": "finished"}\n{"time": 3.0, "event": "compared"}\n')
+    done = run(repository, str(frozen))
+    assert done.returncode == 0
+    assert "the run is finished, nothing is left to do" in done.stderr
+
+
+def test_starts_without_a_newer_checkpoint_are_counted(repository: Path, frozen: Path) -> None:
+    manifest = frozen / "checkpoints" / "step_0000000020" / "manifest.json"
+    manifest.parent.mkdir()
+    manifest.write_text("{}")
+    newest = "./step_0000000020/manifest.json"
+    (frozen / "logs" / "slurm_starts").write_text(f"none\nnone\n{newest}\n{newest}\n")
+    done = run(repository, str(frozen), "max_restarts=1")
+    assert done.returncode == 9
+    assert f"2 starts from the same checkpoint ({newest}) have brought no newer one" in done.stderr
+
+
+def test_shell_scripts_are_clean(repository: Path) -> None:
+    tool = shutil.which("shellcheck")
+    if tool is None and "MESHWRIGHT_TEST_SLURM" not in os.environ:
+        pytest.skip("shellcheck is not installed; Debian's package has its name")
+    assert tool is not None
+    scripts = [
+        repository / "slurm" / "train.sbatch",
+        *(repository / "slurm" / "test_cluster").glob("*.sh"),
+        repository / ".ci" / "run",
+        repository / "bootstrap.sh",
+    ]
+    done = subprocess.run([tool, *map(str, scripts)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout

@@ -109,6 +109,17 @@ def test_devices_follow_the_bridges(
     assert placement.devices(matrix, environ) == expected
 
 
+def test_workers_inherit_the_order(clusters: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = gpu_matrix.parse(clusters["pcie_with_bridges"]["matrix"])
+    monkeypatch.setattr(detect, "query_matrix", lambda: matrix)
+    environ = {"CUDA_VISIBLE_DEVICES": "0,1,4,5"}
+    placement.place(environ)
+    assert environ == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0,4,1,5"}
+    whole = {"CUDA_VISIBLE_DEVICES": "0,4"}
+    placement.place(whole)
+    assert whole == {"CUDA_VISIBLE_DEVICES": "0,4"}
+
+
 def test_nothing_changes_where_nothing_is_known() -> None:
     assert placement.devices(None, {}) is None
 
