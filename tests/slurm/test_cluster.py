@@ -1,0 +1,178 @@
+"""The whole way on a real Slurm of one machine: `submit`, a warning, a lost node, a crash loop, a time limit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("slurm")
+
+PATIENCE_S = 300  # a bound for a machine that does other things as well, not an expectation
+PLACE = ("submit=slurm", "submit.sbatch.time=20", "cluster.num_nodes=2", "cluster.gpus_per_node=1")
+SMALL = (
+    *("monitor=none", "data.max_bytes=200000", "training.sequence_length=32", "training.global_batch_size=8"),
+    "training.learning_rate=1e-3",
+)
+
+
+def slurm_says(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    file = run / "events.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def job_of(run: Path) -> str:
+    return str(next(event["job"] for event in events(run) if event["event"] == "submitted"))
+
+
+def state_of(job: str) -> str:
+    told = slurm_says("scontrol", "-o", "show", "job", job)
+    return next(word for word in told.split() if word.startswith("JobState=")).partition("=")[2]
+
+
+def losses(run: Path) -> dict[int, float]:
+    file = run / "metrics" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def log(run: Path) -> str:
+    file = run / "logs" / "slurm.log"
+    return file.read_text() if file.exists() else ""
+
+
+def until(is_so: Callable[[], bool], *, run: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline, log(run)
+        time.sleep(0.2)
+
+
+def ended(job: str) -> bool:
+    return state_of(job) in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture
+def submit(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Queue a run and return how the verb ended; what is still queued at the end is cancelled."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    runs: list[Path] = []
+
+    def queue(run: Path, *words: str) -> Any:
+        runs.append(run)
+        quoted = str(run).replace("\\", "\\\\").replace("'", "\\'")
+        return call("submit", *PLACE, *SMALL, *words, f"run_dir='{quoted}'")
+
+    yield queue
+    for run in runs:
+        for event in events(run):
+            if event["event"] == "submitted" and not ended(event["job"]):
+                subprocess.run(["scancel", event["job"]], check=True)
+
+
+@pytest.fixture
+def limited(submit: Callable[..., Any], tmp_path: Path) -> tuple[Path, str]:
+    """A run without an end and with a real time limit, begun before anything else that its test waits for."""
+    run = tmp_path / "limited"
+    words = ("strategy=fake", "training.num_steps=10000000", "cluster.num_nodes=1")
+    outcome = submit(run, *words, "submit.sbatch.time=2", "submit.signal_s=90")
+    assert outcome.code == 0, outcome.err
+    return run, job_of(run)
+
+
+def test_two_nodes_train_in_a_folder_of_any_name_and_the_verbs_tell_of_it(
+    submit: Callable[..., Any], call: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / 'it\'s 100%j "quoted" $HOME\nand more'
+    outcome = submit(run, "strategy=accelerate", "training.num_steps=6", "submit.wait=true")
+    assert outcome.code == 0, outcome.err + log(run)
+    assert sorted(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert "could not be ordered" not in log(run)
+    started = next(event for event in events(run) if event["event"] == "started")
+    assert len(started["hosts"]) in (1, 2)  # one name only where nodes may not have names of their own
+    assert call("logs", "-f", str(run)).out.count("finished at step 6") == 1
+    told = call("status", str(run), "--json").json
+    assert told["state"] == "finished"
+    assert told["jobs"][job_of(run)] == {"state": "COMPLETED", "restarts": 0}
+    again = call("submit", str(run))
+    assert again.code == 2
+    assert "is finished, there is nothing to submit" in again.err
+
+
+def test_a_warned_run_saves_is_requeued_and_goes_on_to_the_last_bit(
+    submit: Callable[..., Any], tmp_path: Path
+) -> None:
+    straight, warned = tmp_path / "straight", tmp_path / "warned"
+    words = ("strategy=accelerate", "training.num_steps=150")
+    assert submit(straight, *words, "submit.wait=true").code == 0, log(straight)
+    assert submit(warned, *words).code == 0
+    job = job_of(warned)
+    until(lambda: len(losses(warned)) > 2, run=warned)
+    slurm_says("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: any(event["event"] == "stopped" for event in events(warned)), run=warned)
+    reached = max(losses(warned))
+    assert 2 < reached < 150, "the warning came too late to mean anything"
+    until(lambda: ended(job), run=warned)
+    assert state_of(job) == "COMPLETED", log(warned)
+    assert [event["step"] for event in events(warned) if event["event"] == "resumed"] == [reached]
+    assert losses(warned) == losses(straight)
+    assert not (warned / "stop").exists()
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
+    submit: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ("strategy=fake", "training.num_steps=10000000", "checkpoint.interval=20")
+    assert submit(run, *words).code == 0
+    job = job_of(run)
+    until(lambda: any(event["event"] == "checkpoint" for event in events(run)), run=run)
+    hosts = slurm_says("squeue", "-h", "-j", job, "-o", "%N").strip()
+    lost = slurm_says("scontrol", "show", "hostnames", hosts).split()[1]
+    slurm_says("scontrol", "update", f"nodename={lost}", "state=down", "reason=test")
+    try:
+        until(lambda: any(event["event"] == "resumed" for event in events(run)), run=run)
+        second = slurm_says("squeue", "-h", "-j", job, "-o", "%N").strip()
+        assert lost not in slurm_says("scontrol", "show", "hostnames", second).split()
+    finally:
+        slurm_says("scontrol", "update", f"nodename={lost}", "state=resume")
+    resumed = next(event for event in events(run) if event["event"] == "resumed")
+    assert resumed["step"] % 20 == 0
+
+
+def test_a_crash_loop_stops_at_its_bound_and_a_time_limit_does_not_count_as_one(
+    submit: Callable[..., Any], limited: tuple[Path, str], call: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "crashing"
+    words = ("strategy=fake", "training.num_steps=5", "submit.max_restarts=1", "submit.prefix=[/bin/false]")
+    assert submit(run, *words).code == 0
+    job = job_of(run)
+    until(lambda: ended(job), run=run)
+    assert state_of(job) == "FAILED"
+    assert log(run).count("requeued") == 1
+    assert "2 starts from the same checkpoint (none) have brought no newer one" in log(run)
+
+    run, job = limited
+    until(lambda: any(event["event"] == "resumed" for event in events(run)), run=run)
+    assert call("status", str(run), "--json").json["jobs"][job]["restarts"] >= 1
+    until(lambda: state_of(job) == "RUNNING", run=run)
+    assert "leaves after this step with a checkpoint" in call("cancel", str(run)).out
+    until(lambda: ended(job), run=run)
+    assert state_of(job) == "COMPLETED", log(run)
+    assert "stopped on request, with a checkpoint" in log(run)
+
+
+def test_plans_are_made_for_what_slurm_has(call: Callable[..., Any]) -> None:
+    told = call("plan", "cluster=slurm", "model=llama3_8b", "strategy=megatron", "--json")
+    assert told.code == 0, told.err
+    cluster = told.json["inputs"]["cluster"]
+    assert (cluster["num_nodes"], cluster["gpus_per_node"], cluster["partition"]) == (4, 8, "gpu")
