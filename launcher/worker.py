@@ -106,13 +106,8 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
             f"{run.path}: the plan is for {plan.world_size} ranks and cluster.* for {job.cluster.world_size}: "
             "planning anew was cut short; repeat `meshwright resume` with the same words"
         )
-    try:
-        environment.apply(environment.environment(plan, job.training), os.environ)
-    except ValueError as error:
-        raise EngineError(str(error)) from error
     on_device = plan.strategy in strategies.ENGINE_PACKAGES and job.cluster.gpu.device == "cuda"
-    if on_device:
-        nccl.fill(os.environ, nccl.fabric_of(job.cluster, nccl.look(os.environ)))
+    _set_variables(job, plan, on_device=on_device)
     ranks = torch_side.connect(os.environ, on_device=on_device, store=store)
     log.setup(ranks.rank, world_size=ranks.world_size, directory=run.logs)
     trainer = Trainer(
@@ -135,6 +130,15 @@ def _work(run: RunDir, heart: Heart, *, store: Store | None, export: Path | None
     trainer.strategy.teardown()
     # Only on the good way out: beside a failed rank this would wait for peers that never come.
     torch_side.disconnect()
+
+
+def _set_variables(job: Job, plan: Plan, *, on_device: bool) -> None:
+    try:
+        environment.apply(environment.environment(plan, job.training), os.environ)
+    except ValueError as error:
+        raise EngineError(str(error)) from error
+    if on_device:
+        nccl.fill(os.environ, nccl.fabric_of(job.cluster, nccl.look(os.environ)))
 
 
 def _process(heart: Heart) -> Process:
