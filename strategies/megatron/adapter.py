@@ -13,20 +13,20 @@ from strategies.megatron.capabilities import CAPABILITIES
 from strategies.megatron.settings import Settings, to_settings
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
-from strategies.staging import HostCopy
 
 if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
     from strategies.inspection import Inspection
+    from strategies.megatron.checkpoints import Snapshots
 
 
 class MegatronStrategy(Strategy):
     """One process a GPU, placed by plan.rank_order."""
 
     capabilities = CAPABILITIES
-    _copy: HostCopy | None = None
+    _snapshots: Snapshots | None = None
 
     create_weights = staticmethod(hf.create_weights)
 
@@ -112,9 +112,8 @@ class MegatronStrategy(Strategy):
         """Copy what `save` would write, gathered and planned."""
         from strategies.megatron import checkpoints
 
-        first = self._copy is None
-        self._copy = self._copy or HostCopy()
-        return checkpoints.snapshot(self._chunks, self._optimizer, directory, copy=self._copy, validate=first)
+        self._snapshots = self._snapshots or checkpoints.Snapshots()
+        return self._snapshots.take(self._chunks, self._optimizer, directory)
 
     def load(self, directory: Path) -> None:
         """Restore it; all degrees of the plan may differ from those that wrote it."""
@@ -134,7 +133,7 @@ class MegatronStrategy(Strategy):
         from strategies.megatron import network
 
         del self._chunks, self._optimizer
-        self._copy = None
+        self._snapshots = None
         network.leave_groups()
 
     @classmethod

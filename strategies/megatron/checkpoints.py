@@ -10,13 +10,12 @@ from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from strategies import staging
+from strategies.staging import HostCopy
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-
-    from strategies.staging import HostCopy
 
 
 def save(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, directory: Path) -> None:
@@ -29,32 +28,37 @@ def save(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, di
         dist_checkpointing.save(state, str(directory))
 
 
-def snapshot(
-    chunks: list[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
-    directory: Path,
-    *,
-    copy: HostCopy,
-    validate: bool,
-) -> Callable[[], None]:
-    """Copy what this rank writes; return what writes it, without a collective of training's groups.
+class Snapshots:
+    """Copies for saves beside the training, one at a time.
 
-    Gathering and planning, which need all ranks in training's own groups, are done before this returns. `validate` has
-    all ranks exchange what each holds, and every element found to be written once: the next save holds the same.
+    The first one has all ranks exchange what each holds, and every element found to be written once.
     """
-    from megatron.core import dist_checkpointing
 
-    _keep_results_here()
-    with gathered(chunks):
-        state = _sharded_state(chunks, optimizer, loading=False)
-        request = dist_checkpointing.save(
-            state,
-            str(directory),
-            sharded_strategy=_in_thread(copy),
-            validate_access_integrity=validate,
-            async_sharded_save=True,
-        )
-    return partial(request.async_fn, directory)
+    def __init__(self) -> None:
+        self._way = _in_thread(HostCopy())
+        self._validated = False
+
+    def take(
+        self, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, directory: Path
+    ) -> Callable[[], None]:
+        """Copy what this rank writes; return what writes it, without a collective of training's groups.
+
+        Gathering and planning, which need all ranks in training's own groups, are done before this returns.
+        """
+        from megatron.core import dist_checkpointing
+
+        _keep_results_here()
+        with gathered(chunks):
+            state = _sharded_state(chunks, optimizer, loading=False)
+            request = dist_checkpointing.save(
+                state,
+                str(directory),
+                sharded_strategy=self._way,
+                validate_access_integrity=not self._validated,
+                async_sharded_save=True,
+            )
+        self._validated = True
+        return partial(request.async_fn, directory)
 
 
 def num_bytes(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> int:
@@ -100,6 +104,8 @@ def _in_thread(copy: HostCopy) -> Any:
             ]
             return AsyncRequest(partial(_write, writer, metadata, copy.group), (), [])
 
+    # Not cached_metadata: it takes the first save's plan for all, and leaves out what the state has gained since
+    # (state_dict_saver.py, local_step).
     return InThread("torch_dist", 1)
 
 

@@ -97,3 +97,21 @@ def test_a_file_that_cannot_be_written_is_raised_by_the_write(
     with pytest.raises(FileNotFoundError):
         write()
     strategy.teardown()
+
+
+@pytest.mark.usefixtures("alone")
+def test_every_snapshot_holds_its_own_moment(tiny: Tiny, tiny_weights: Path, tmp_path: Path) -> None:
+    strategy = MegatronStrategy()
+    strategy.setup(PLAN, *tiny, tiny_weights)
+    losses = [strategy.train_step(batches(), learning_rate=1e-2).loss]
+    for number in range(1, 4):
+        (tmp_path / str(number)).mkdir()
+        strategy.snapshot(tmp_path / str(number))()
+        losses.append(strategy.train_step(batches(), learning_rate=1e-2).loss)
+    strategy.teardown()
+    resumed = MegatronStrategy()
+    resumed.setup(PLAN, *tiny, tiny_weights)
+    for number in (3, 2, 1):
+        resumed.load(tmp_path / str(number))
+        assert resumed.train_step(batches(), learning_rate=1e-2).loss == losses[number]
+    resumed.teardown()
