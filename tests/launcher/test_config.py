@@ -45,7 +45,7 @@ def test_what_cannot_be_waited_for_is_refused(key: str, value: float) -> None:
         SuperviseConfig(**given)
 
 
-def test_the_root_file_says_what_the_page_says(repository: Path) -> None:
-    root = yaml.safe_load((repository / "hydra_configs" / "config.yaml").read_text())
-    assert decode(SuperviseConfig, root["supervise"]) == SuperviseConfig()
-    assert set(root["supervise"]) == {field.name for field in fields(SuperviseConfig)}
+def test_the_supervisor_group_says_what_the_page_says(repository: Path) -> None:
+    group = yaml.safe_load((repository / "hydra_configs" / "supervise" / "default.yaml").read_text())
+    assert decode(SuperviseConfig, group) == SuperviseConfig()
+    assert set(group) == {field.name for field in fields(SuperviseConfig)}
