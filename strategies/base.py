@@ -112,6 +112,7 @@ class Capabilities:
     sequence_parallel: bool = False
     offload_optimizer_stages: frozenset[int] = frozenset()  # ZeRO stages that allow it
     offload_parameters_stages: frozenset[int] = frozenset()
+    nvme_stages: frozenset[int] = frozenset()  # what is offloaded may lie on a disk (plan.nvme_path)
     model_types: frozenset[str] | None = None  # None: every family of Hugging Face
     rank_order: tuple[str, ...] = ("tp", "cp", "dp", "pp")
     other_rank_orders: tuple[tuple[str, ...], ...] = ()  # which the engine can be told to use instead
@@ -248,6 +249,12 @@ class Capabilities:
                     f"{plan.strategy} cannot combine plan.{key}=true with "
                     f"plan.zero_stage={plan.zero_stage}; {remedy}"
                 )
+        if plan.nvme_path and plan.zero_stage not in self.nvme_stages:
+            remedy = f"plan.zero_stage in {_listed(self.nvme_stages)}" if self.nvme_stages else "null"
+            return (
+                f"{plan.strategy} cannot offload to plan.nvme_path={plan.nvme_path} with "
+                f"plan.zero_stage={plan.zero_stage}; use {remedy}"
+            )
         return None
 
 

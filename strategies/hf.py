@@ -160,6 +160,19 @@ def _file_by_tensor(weights: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), single.name)
 
 
+def renaming(weights: Path, model: ModelSpec) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """Return what turns tensors as transformers' modules name and stack them into those of its files."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    network = _build_on_meta(weights, model)
+
+    def as_saved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        renamed: dict[str, torch.Tensor] = revert_weight_conversion(network, tensors)
+        return renamed
+
+    return as_saved
+
+
 def be_quiet() -> None:
     """Keep progress bars and advice of the libraries off the console; faults are exceptions. Call before they load."""
     import torch

@@ -103,6 +103,7 @@ class Plan:
     sequence_parallel: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    nvme_path: str | None = None  # folder on a local disk where what is offloaded lies; None: in host memory
     precision: Precision = "bf16"
     rank_order: tuple[str, ...] = ("tp", "cp", "dp", "pp")  # fastest-varying first
     engine: Mapping[str, Any] = field(default_factory=dict)  # engine keys the user passes through, checked
@@ -118,6 +119,8 @@ class Plan:
                 f"plan.pipeline_split={list(self.pipeline_split)} must name the layers of "
                 f"plan.pp={self.pp} * plan.vp={self.vp} chunks, not of {len(self.pipeline_split)}"
             )
+
+        check_nvme_path(self.nvme_path, offloads=self.offload_optimizer or self.offload_parameters)
 
     @property
     def world_size(self) -> int:
@@ -142,6 +145,19 @@ class Plan:
     def layers_by_chunk(self, num_layers: int) -> tuple[int, ...]:
         """Return the layers of each of the pp * vp chunks, in the order of the model."""
         return self.pipeline_split or even_split(num_layers, self.pp * self.vp)
+
+
+def check_nvme_path(path: str | None, *, offloads: bool) -> None:
+    """Raise ValueError for a folder that is not absolute, or for one that nothing would lie in."""
+    if path is None:
+        return
+    if not path.startswith("/"):
+        raise ValueError(f"plan.nvme_path={path} must be an absolute path, the same on every node")
+    if not offloads:
+        raise ValueError(
+            f"plan.nvme_path={path} has no effect without plan.offload_optimizer=true or "
+            "plan.offload_parameters=true; set one, or plan.nvme_path=null"
+        )
 
 
 @lru_cache(maxsize=4096)

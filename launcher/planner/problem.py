@@ -10,7 +10,7 @@ from launcher.cluster.spec import ClusterSpec
 from launcher.errors import PlanError
 from launcher.planner.calibration import Calibration
 from strategies.model_spec import ModelSpec
-from strategies.spec import Plan, Recompute, TrainingSpec
+from strategies.spec import Plan, Recompute, TrainingSpec, check_nvme_path
 
 _COUNTS = (
     "dp",
@@ -49,6 +49,7 @@ class PlanRequest:
     sequence_parallel: bool | None = None
     offload_optimizer: bool | None = None
     offload_parameters: bool | None = None
+    nvme_path: str | None = None  # folder on every node's disk for what is offloaded; null: host memory
 
     def __post_init__(self) -> None:
         for key in _COUNTS:
@@ -67,6 +68,7 @@ class PlanRequest:
             raise ValueError(
                 f"plan.rank_order={text_of(self.rank_order)} must name each of {', '.join(sorted(_DEGREES))} once"
             )
+        check_nvme_path(self.nvme_path, offloads=bool(self.offload_optimizer or self.offload_parameters))
         self._check_split()
 
     def _check_split(self) -> None:

@@ -124,6 +124,7 @@ class Space:
             sequence_parallel=switches.sequence_parallel,
             offload_optimizer=switches.offload_optimizer,
             offload_parameters=switches.offload_parameters,
+            nvme_path=self.problem.request.nvme_path,
             precision=self.problem.training.precision,
             rank_order=switches.rank_order,
             engine=self.problem.engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -13,8 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from strategies import hf, process
 from strategies.base import StepResult, Strategy
+from strategies.deepspeed import disk
 from strategies.deepspeed.capabilities import CAPABILITIES
-from strategies.deepspeed.settings import summed_parts, to_deepspeed_config
+from strategies.deepspeed.holdings import Holdings, holdings_of
+from strategies.deepspeed.settings import (
+    summed_parts,
+    swapped_bytes,
+    to_deepspeed_config,
+    why_not_zero_plus_plus,
+)
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -24,8 +32,6 @@ if TYPE_CHECKING:
 
     from strategies.base import MicroBatch
     from strategies.inspection import Inspection
-
-_TAG = "state"  # one checkpoint per directory, so its name inside never varies
 
 
 class DeepSpeedStrategy(Strategy):
@@ -38,6 +44,7 @@ class DeepSpeedStrategy(Strategy):
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Hand this rank's part of the model and torch's AdamW to a DeepSpeed engine."""
         config = self._enter(plan, model, training)
+        self._model, self._weights = model, weights
         from strategies.deepspeed import network
 
         source = network.source_of(weights, model, plan, config)
@@ -54,11 +61,16 @@ class DeepSpeedStrategy(Strategy):
         self._plan = plan
         process.set_deterministic(training)
         self._device = process.local_device()
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if refusal := why_not_zero_plus_plus(plan, device=self._device.type, local_ranks=local_ranks):
+            raise ValueError(refusal)
         process.join_single_rank_group()
         deepspeed.init_distributed()
+        self._swap_folder = _open_swap_folder(plan, model)
         self.dp_rank = plan.coordinate("dp", dist.get_rank())
         process.seed_everything(training, rank=self.dp_rank)
-        return to_deepspeed_config(plan, model, training)
+        swapped = plan.nvme_path and replace(plan, nvme_path=str(self._swap_folder))
+        return to_deepspeed_config(swapped or plan, model, training)
 
     def _initialize(self, training: TrainingSpec, config: dict[str, Any]) -> None:
         import deepspeed
@@ -124,18 +136,28 @@ class DeepSpeedStrategy(Strategy):
         return process.mean_of(losses)
 
     def save(self, directory: Path) -> None:
-        """Write DeepSpeed's own checkpoint under a fixed tag."""
-        self._engine.save_checkpoint(str(directory), tag=_TAG, save_latest=False)
+        """Write this rank's blocks of weights and moments, in a form that any plan of this engine reads."""
+        from strategies.deepspeed import checkpoints
+
+        checkpoints.save(self._holdings(), directory)
 
     def load(self, directory: Path) -> None:
-        """Restore it; the plan must be the one that wrote it."""
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        if path is None:
-            raise RuntimeError(f"{directory} holds no DeepSpeed checkpoint; start from another one")
+        """Restore them; degrees, ZeRO stage and offloading may differ from those that wrote them."""
+        from strategies.deepspeed import checkpoints
+
+        checkpoints.load(self._holdings(), directory)
+
+    def export(self, directory: Path) -> None:
+        """Write the master weights in fp32, tensor by tensor."""
+        from strategies.deepspeed import export
+
+        export.export(self._holdings(), model=self._model, source=self._weights, directory=directory)
 
     def teardown(self) -> None:
         """Free the engine's hooks, buffers and groups."""
         self._engine.destroy()
+        if self._swap_folder:
+            disk.remove_folder(self._swap_folder)
         self._part.close()
         del self._engine, self._part
 
@@ -169,6 +191,14 @@ class DeepSpeedStrategy(Strategy):
             strategy.teardown()
         return found
 
+    def _holdings(self) -> Holdings:
+        import torch.distributed as dist
+
+        from strategies.deepspeed.placements import placements_of
+
+        tp_rank = self._plan.coordinate("tp", dist.get_rank())
+        return holdings_of(self._engine, placements_of(self._engine, tp_rank=tp_rank))
+
 
 def _import_deepspeed() -> Any:
     hf.be_quiet()
@@ -184,6 +214,17 @@ def _import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")
     return deepspeed
+
+
+def _open_swap_folder(plan: Plan, model: ModelSpec) -> Path | None:
+    """Make this process' folder for what is offloaded to a disk, and see to it that somebody can write there."""
+    if plan.nvme_path is None:
+        return None
+    from strategies.deepspeed import swapping
+
+    swapping.enable()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return disk.open_folder(plan.nvme_path, num_bytes=ranks_here * swapped_bytes(plan, model))
 
 
 def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:

@@ -37,6 +37,25 @@ def _pipeline_shards_no_gradients(plan: Plan) -> str | None:
     return None
 
 
+def _sharded_weights_only(plan: Plan) -> str | None:
+    # ZeRO++ (arXiv 2306.10209) is about gathering weights and scattering their gradients.
+    given = plan.engine.get("zero_optimization", {})
+    for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
+        if given.get(key) and plan.zero_stage < 3:
+            return (
+                f"{plan.strategy} has no use for strategy.engine.zero_optimization.{key}={given[key]} with "
+                f"plan.zero_stage={plan.zero_stage}; use plan.zero_stage=3, or remove the key"
+            )
+    # utils/groups.py, _create_zero_param_parallel_group, takes neighbours for ranks with the same parameters.
+    if given.get("zero_hpz_partition_size") and (plan.tp > 1 or plan.ep > 1):
+        return (
+            f"{plan.strategy} combines strategy.engine.zero_optimization.zero_hpz_partition_size="
+            f"{given['zero_hpz_partition_size']} with data and sequence parallel ranks only; "
+            "use plan.tp=1 and plan.ep=1, or remove the key"
+        )
+    return None
+
+
 def _degrees_of_dense_families(plan: Plan, model: ModelSpec) -> str | None:
     for degree in ("tp", "pp", "cp"):
         if getattr(plan, degree) > 1 and model.model_type not in DENSE:
@@ -86,7 +105,7 @@ CAPABILITIES = Capabilities(
     uneven_pipeline=True,
     copies_kv_heads=False,  # AutoTP gives the ranks beyond them no heads at all
     execution=Execution(reduces_after_pipeline=True, heads_over_cp=True),
-    rules=(_degrees_that_do_not_meet, _pipeline_shards_no_gradients),
+    rules=(_degrees_that_do_not_meet, _pipeline_shards_no_gradients, _sharded_weights_only),
     model_rules=(
         _degrees_of_dense_families,
         _experts_of_known_families,
@@ -95,6 +114,12 @@ CAPABILITIES = Capabilities(
     buffer_elements=BUCKET_ELEMENTS,
     offload_optimizer_stages=frozenset({1, 2, 3}),
     offload_parameters_stages=frozenset({3}),
+    # Stages 1 and 2 take `nvme` for `cpu` (runtime/engine.py, zero_cpu_offload).
+    nvme_stages=frozenset({3}),
+    # Checkpoints name the tensors of the model and their places in them.
+    reshardable=frozenset(
+        {"dp", "tp", "pp", "cp", "ep", "zero_stage", "rank_order", "offload_optimizer", "offload_parameters"}
+    ),
     engine_keys=ACCEPTED,
     owned_engine_keys=OWNED,
     unused_engine_keys=UNUSED,

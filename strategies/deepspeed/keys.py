@@ -15,7 +15,6 @@ def _values(*names: str) -> dict[str, None]:
 
 
 _OFFLOAD_OPTIMIZER = _values(
-    "nvme_path",
     "buffer_count",
     "pin_memory",
     "pipeline_read",
@@ -25,7 +24,7 @@ _OFFLOAD_OPTIMIZER = _values(
     "super_offload",
     "cpuadam_cores_perc",
 )
-_OFFLOAD_PARAM = _values("nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory")
+_OFFLOAD_PARAM = _values("buffer_count", "buffer_size", "max_in_cpu", "pin_memory")
 
 _ZERO = _values(
     "contiguous_gradients",
@@ -107,6 +106,8 @@ OWNED: Mapping[str, str] = {
     "zero_optimization.stage": "plan.zero_stage",
     "zero_optimization.offload_optimizer.device": "plan.offload_optimizer",
     "zero_optimization.offload_param.device": "plan.offload_parameters",
+    "zero_optimization.offload_optimizer.nvme_path": "plan.nvme_path",
+    "zero_optimization.offload_param.nvme_path": "plan.nvme_path",
     "zero_optimization.cpu_offload": "plan.offload_optimizer",
     "zero_optimization.cpu_offload_use_pin_memory": "plan.offload_optimizer",
     "zero_optimization.cpu_offload_param": "plan.offload_parameters",

@@ -11,6 +11,9 @@ from strategies.spec import Plan, TrainingSpec
 
 # DeepSpeed reserves its buckets in full; its default of 5e8 elements costs 1 GB each, whatever the model.
 BUCKET_ELEMENTS = 200_000_000
+# The optimizer's states come from the disk in groups of so many elements, each with four buffers of that size; its
+# default of 1e9 would keep 16 GB of every rank in memory.
+SWAPPED_ELEMENTS = 100_000_000
 
 
 def to_deepspeed_config(plan: Plan, model: ModelSpec, training: TrainingSpec) -> dict[str, Any]:
@@ -89,11 +92,57 @@ def _zero(plan: Plan, model: ModelSpec) -> dict[str, Any]:
         section["stage3_max_reuse_distance"] = bucket
     else:
         section["allgather_bucket_size"] = bucket
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": True}
+    if plan.nvme_path:
+        place |= {"device": "nvme", "nvme_path": plan.nvme_path}
     if plan.offload_optimizer:
-        section["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        section["offload_optimizer"] = dict(place)
+        if plan.nvme_path:
+            section["sub_group_size"] = SWAPPED_ELEMENTS
     if plan.offload_parameters:
-        section["offload_param"] = {"device": "cpu", "pin_memory": True}
+        section["offload_param"] = dict(place)
+        if plan.nvme_path:
+            # By default the first 1e9 elements stay in memory, and each of five buffers has 1e8.
+            section["offload_param"] |= {"max_in_cpu": 0, "buffer_size": largest_shard(plan, model)}
     return section
+
+
+def why_not_zero_plus_plus(plan: Plan, *, device: str, local_ranks: int) -> str | None:
+    """Return one sentence why ZeRO++'s keys cannot be had on these ranks, or None."""
+    given, prefix = plan.engine.get("zero_optimization", {}), "strategy.engine.zero_optimization"
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if given.get(key) and device == "cpu":
+            # ops/op_builder/cpu/no_impl.py raises it once the first layer is gathered.
+            return (
+                f"{prefix}.{key}=true needs a GPU: DeepSpeed quantizes with kernels of CUDA; remove the key"
+            )
+    size = given.get("zero_hpz_partition_size", 1)
+    if plan.dp * plan.cp % size or local_ranks % size:
+        return (
+            f"{prefix}.zero_hpz_partition_size={size} must divide plan.dp * plan.cp={plan.dp * plan.cp} and the "
+            f"{local_ranks} ranks of a host, which keep a copy of the weights among them"
+        )
+    return None
+
+
+def swapped_bytes(plan: Plan, model: ModelSpec) -> float:
+    """Return what a rank keeps on its disk: master weights, gradients and two moments, and 16-bit or fp32 weights."""
+    weights = 4 if plan.precision == "fp32" else 2
+    per_parameter = 16 * plan.offload_optimizer + weights * plan.offload_parameters
+    return model.num_parameters / plan.world_size * per_parameter
+
+
+def largest_shard(plan: Plan, model: ModelSpec) -> int:
+    """Return the elements that a rank has of the largest parameter under ZeRO-3; transformers stacks experts."""
+    widths = [
+        model.vocab_size,
+        model.max_position_embeddings,
+        2 * model.ffn_hidden_size,
+        3 * model.num_attention_heads * model.head_size,
+    ]
+    if model.moe:
+        widths.append(2 * model.moe.num_experts * model.moe.expert_ffn_hidden_size)
+    return -(-model.hidden_size * max(widths) // (plan.dp * plan.cp))
 
 
 def _precision(plan: Plan) -> dict[str, Any]:

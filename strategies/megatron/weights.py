@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from strategies.megatron import mapping
-from strategies.megatron.folders import MAX_SHARD_BYTES, Folder, Writer, config_for, plan_files
+from strategies.megatron.folders import Folder
 from strategies.megatron.mapping import Piece, Run
 from strategies.model_spec import ModelSpec
+from strategies.weight_files import MAX_SHARD_BYTES, Writer, config_for, plan_files
 
 if TYPE_CHECKING:
     import torch
