@@ -113,6 +113,7 @@ class Capabilities:
     offload_optimizer_stages: frozenset[int] = frozenset()  # ZeRO stages that allow it
     offload_parameters_stages: frozenset[int] = frozenset()
     nvme_stages: frozenset[int] = frozenset()  # what is offloaded may lie on a disk (plan.nvme_path)
+    swapped_elements: int = 0  # of a rank's optimizer state, as many are in host memory at a time
     model_types: frozenset[str] | None = None  # None: every family of Hugging Face
     rank_order: tuple[str, ...] = ("tp", "cp", "dp", "pp")
     other_rank_orders: tuple[tuple[str, ...], ...] = ()  # which the engine can be told to use instead

@@ -60,6 +60,7 @@ class CostBreakdown:
 
     memory: MemoryCost
     host_bytes: float  # per rank, for what is offloaded
+    disk_bytes: float  # per rank, of that what lies in plan.nvme_path
     stage: int  # the pipeline stage that `memory` describes
     time: TimeCost
     tokens_per_step: int

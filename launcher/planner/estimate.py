@@ -22,6 +22,7 @@ class Footprint:
 
     memory: MemoryCost
     host_bytes: float
+    disk_bytes: float
     stage: int  # the pipeline stage it stands in
 
 
@@ -71,14 +72,15 @@ class Estimator:
         """Return the bytes of the fullest rank."""
         memory_model = self._models(plan).memory
         found: tuple[MemoryCost, float] | None = None
-        index, most = 0, -1.0
+        index, most, on_disk = 0, -1.0, 0.0
         for stage in self.stages(plan):
             cost = memory_model.of(plan, stage)
             total = cost[0].total
             if total > most:
                 found, index, most = cost, stage.index, total
+                on_disk = memory_model.disk_bytes(plan, stage)
         assert found is not None, "a plan has at least one stage"
-        return Footprint(memory=found[0], host_bytes=found[1], stage=index)
+        return Footprint(memory=found[0], host_bytes=found[1], disk_bytes=on_disk, stage=index)
 
     def cost(self, plan: Plan, footprint: Footprint) -> CostBreakdown:
         """Return the cost of a plan whose footprint is known."""
@@ -91,6 +93,7 @@ class Estimator:
         return CostBreakdown(
             memory=footprint.memory,
             host_bytes=footprint.host_bytes,
+            disk_bytes=footprint.disk_bytes,
             stage=footprint.stage,
             time=time,
             tokens_per_step=self._problem.training.tokens_per_step,

@@ -94,6 +94,7 @@ def predictions(candidate: Candidate, ranking: Ranking) -> dict[str, Any]:
         "usable_bytes": round(usable_bytes(cluster)),
         "headroom_bytes": round(usable_bytes(cluster) - cost.memory.total),
         "host_bytes": round(cost.host_bytes),
+        "disk_bytes": round(cost.disk_bytes),
         "step_s": cost.step_s,
         "step_s_by_part": parts(cost.time),
         "tokens_per_s_per_gpu": cost.tokens_per_s_per_gpu,
@@ -171,6 +172,8 @@ def by_part(shown: Sequence[Candidate]) -> str:
     rows += [("  total", *(gib_text(cost.memory.total) for cost in costs))]
     if any(cost.host_bytes for cost in costs):
         rows += [("  on the host", *(gib_text(cost.host_bytes) for cost in costs))]
+    if any(cost.disk_bytes for cost in costs):
+        rows += [("  on the disk", *(gib_text(cost.disk_bytes) for cost in costs))]
     if any(candidate.plan.pp > 1 for candidate in shown):
         rows += [("  in pipeline stage", *(str(cost.stage) for cost in costs))]
     rows += [("one step, s", *("" for _ in costs))]

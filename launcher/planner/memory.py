@@ -63,6 +63,8 @@ class MemoryModel:
         (weights, gradients, optimizer), host = _states(plan, state, stage)
         loss = self._loss(plan) if stage.has_head else 0.0
         passing = _gradients_in_flight(plan, state, stage)
+        if plan.nvme_path:
+            host = self._swap_buffers(plan, state, stage)
         kept, backward = self._activations(plan, stage)
         # The loss' workspace is free again before the first layer's backward pass begins.
         activations = kept + max(0.0, backward + passing - loss)
@@ -78,6 +80,24 @@ class MemoryModel:
             buffers=buffers,
             slack=slack,
         ), host
+
+    def disk_bytes(self, plan: Plan, stage: StageShape) -> float:
+        """Return what one rank of `stage` keeps on a disk: states, and the gradients that the optimizer reads there."""
+        if not plan.nvme_path:
+            return 0.0
+        state, owned = self._capabilities.state_bytes_of(plan), owned_parameters(stage, plan)
+        width = (state.gradients + state.optimizer) * plan.offload_optimizer
+        return owned * (width + state.weights * plan.offload_parameters)
+
+    def _swap_buffers(self, plan: Plan, state: StateBytes, stage: StageShape) -> float:
+        """Host memory beside a disk: the optimizer's states at hand, all gradients, and weights on their way."""
+        owned, host = owned_parameters(stage, plan), 0.0
+        if plan.offload_optimizer:
+            at_hand = min(owned, self._capabilities.swapped_elements)
+            host += at_hand * (state.gradients + state.optimizer) + owned * state.gradients
+        if plan.offload_parameters:
+            host += min(owned, stage.layer_parameters) * state.weights
+        return host
 
     def least_bytes(self, plan: Plan, stages: Sequence[StageShape], *, offload: bool = True) -> float:
         """Return a lower bound of the fullest stage's total, cheaper than that total.

@@ -15,6 +15,8 @@ from strategies.spec import Plan, TrainingSpec
 # PCIe 4.0 x16 in practice, and a host core group's share of memory bandwidth for the CPU's Adam.
 _HOST_LINK_BYTES_PER_S = 20e9
 _HOST_ADAM_BYTES_PER_S = 20e9
+# A GPU's share of a node's disks: 25 GB/s for 16 GPUs (Rajbhandari et al. 2021, ZeRO-Infinity, figure 2).
+_DISK_BYTES_PER_S = 1.6e9
 
 
 class StepTimer:
@@ -269,4 +271,9 @@ def _offload_s(plan: Plan, state: StateBytes, stage: StageShape) -> float:
         seconds += 2 * owned * state.optimizer / _HOST_ADAM_BYTES_PER_S
     if plan.offload_parameters:
         seconds += 2 * plan.num_microbatches * owned * state.weights / _HOST_LINK_BYTES_PER_S
+    if plan.nvme_path:
+        # Each state is read and written once a step, gradients the other way round; weights come for every pass.
+        width = 2 * (state.gradients + state.optimizer) * plan.offload_optimizer
+        width += (2 * plan.num_microbatches + 1) * state.weights * plan.offload_parameters
+        seconds += owned * width / _DISK_BYTES_PER_S
     return seconds

@@ -82,6 +82,8 @@ def describe(plan: Plan) -> str:
     words += [
         key for key in ("sequence_parallel", "offload_optimizer", "offload_parameters") if getattr(plan, key)
     ]
+    if plan.nvme_path:
+        words.append(f"nvme_path={plan.nvme_path}")
     if plan.rank_order != Plan(strategy="", dp=1).rank_order:
         words.append(f"rank_order={text_of(plan.rank_order)}")
     return " ".join(words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from strategies.base import Capabilities, Execution, StateBytes
 from strategies.deepspeed.keys import ACCEPTED, OWNED, UNPRICED, UNUSED
-from strategies.deepspeed.settings import BUCKET_ELEMENTS
+from strategies.deepspeed.settings import BUCKET_ELEMENTS, SWAPPED_ELEMENTS
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan
 
@@ -116,6 +116,7 @@ CAPABILITIES = Capabilities(
     offload_parameters_stages=frozenset({3}),
     # Stages 1 and 2 take `nvme` for `cpu` (runtime/engine.py, zero_cpu_offload).
     nvme_stages=frozenset({3}),
+    swapped_elements=SWAPPED_ELEMENTS,
     # Checkpoints name the tensors of the model and their places in them.
     reshardable=frozenset(
         {"dp", "tp", "pp", "cp", "ep", "zero_stage", "rank_order", "offload_optimizer", "offload_parameters"}

@@ -64,6 +64,7 @@ def candidate(
     cost = CostBreakdown(
         memory=_parts(MemoryCost, gib, GIB),
         host_bytes=host_gib * GIB,
+        disk_bytes=0.0,
         stage=stage,
         time=_parts(TimeCost, seconds, 1.0),
         tokens_per_step=TRAINING.tokens_per_step,

@@ -34,6 +34,10 @@ REFUSED = [
         "x cannot combine plan.offload_optimizer=true with plan.zero_stage=0; use plan.zero_stage in 1",
     ),
     (
+        {"offload_optimizer": True, "zero_stage": 1, "nvme_path": "/disk"},
+        "x cannot offload to plan.nvme_path=/disk with plan.zero_stage=1; use null",
+    ),
+    (
         {"offload_parameters": True, "zero_stage": 1},
         "x cannot combine plan.offload_parameters=true with plan.zero_stage=1; use plan.offload_parameters=false",
     ),

@@ -65,6 +65,15 @@ def test_a_plan_refuses_degrees_below_one_and_unknown_stages() -> None:
         Plan(strategy="fake", dp=1, zero_stage=4)
 
 
+def test_a_disk_is_named_whole_and_used() -> None:
+    with pytest.raises(ValueError, match=r"plan\.nvme_path=disk must be an absolute path"):
+        Plan(strategy="fake", dp=1, offload_optimizer=True, nvme_path="disk")
+    with pytest.raises(
+        ValueError, match=r"plan\.nvme_path=/disk has no effect without plan\.offload_optimizer=true"
+    ):
+        Plan(strategy="fake", dp=1, nvme_path="/disk")
+
+
 def test_layers_that_do_not_divide_go_to_the_middle_chunks() -> None:
     assert even_split(8, 4) == (2, 2, 2, 2)
     assert even_split(10, 4) == (2, 3, 3, 2)

@@ -24,6 +24,7 @@ TIME = TimeCost(
 COST = CostBreakdown(
     memory=MEMORY,
     host_bytes=0,
+    disk_bytes=0,
     stage=0,
     time=TIME,
     tokens_per_step=800,

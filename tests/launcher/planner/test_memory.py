@@ -202,6 +202,31 @@ def test_offload_moves_bytes_to_the_host() -> None:
     assert first.gradients > 0
 
 
+def test_a_disk_keeps_host_memory_free_but_for_what_is_at_hand() -> None:
+    capabilities = Capabilities(
+        zero_stages=frozenset({3}),
+        precisions=frozenset({"bf16"}),
+        recompute=frozenset({"none"}),
+        state_bytes={"bf16": STATE},
+        swapped_elements=1000,
+    )
+    model = MemoryModel(GPT, TRAINING, capabilities)
+    switches: dict[str, Any] = {"offload_optimizer": True, "offload_parameters": True}
+    on_host, on_disk = (
+        plan_of(dp=4, zero_stage=3, nvme_path=path, **switches) for path in (None, "/local/disk")
+    )
+    shape = stages_of(GPT, on_host)[0]
+    owned = shape.all_parameters / 4
+    assert (model.disk_bytes(on_host, shape), model.disk_bytes(on_disk, shape)) == (
+        0,
+        pytest.approx(owned * (STATE.weights + STATE.gradients + STATE.optimizer)),
+    )
+    at_hand = 1000 * (STATE.gradients + STATE.optimizer) + owned * STATE.gradients
+    at_hand += min(owned, shape.layer_parameters) * STATE.weights
+    assert model.of(on_disk, shape)[1] == pytest.approx(at_hand)
+    assert model.of(on_disk, shape)[0] == model.of(on_host, shape)[0]
+
+
 def test_offloaded_layers_keep_nothing_on_the_device() -> None:
     whole = memory(GPT, plan_of()).activations
     none = memory(GPT, plan_of(), execution=replace(PLAIN, offloaded_layers=8)).activations

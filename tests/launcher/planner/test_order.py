@@ -20,6 +20,7 @@ def candidate(plan: Plan, *, seconds: float, gib: float) -> Candidate:
     cost = CostBreakdown(
         memory=memory,
         host_bytes=0.0,
+        disk_bytes=0.0,
         stage=0,
         time=TimeCost(compute=seconds, **rest),
         tokens_per_step=1,

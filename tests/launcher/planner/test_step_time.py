@@ -349,6 +349,19 @@ def test_offloading_moves_what_a_rank_owns() -> None:
     assert timed(dp=4, offload_optimizer=True).offload == pytest.approx(4 * optimizer)  # not sharded
 
 
+def test_a_disk_is_read_and_written_beside() -> None:
+    owned = stage().parameters / 4
+    switches: dict[str, Any] = {
+        "dp": 4,
+        "zero_stage": 3,
+        "offload_optimizer": True,
+        "offload_parameters": True,
+    }
+    on_host, on_disk = (timed(**switches, nvme_path=path).offload for path in (None, "/local/disk"))
+    width = 2 * (4 + 12) + (2 * 8 + 1) * 2
+    assert on_disk - on_host == pytest.approx(owned * width / 1.6e9)
+
+
 def test_offloaded_experts_are_those_of_the_rank() -> None:
     one = stage(MOE, dp=8, ep=8)
     owned = one.parameters / 8 + one.expert_parameters  # no other rank holds them

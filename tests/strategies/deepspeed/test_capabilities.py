@@ -32,7 +32,25 @@ ALLOWED: list[tuple[ModelSpec, dict[str, Any]]] = [
     (DENSE, {"pp": 2, "pipeline_split": (3, 1), "recompute": "full"}),
     (replace(DENSE, model_type="gpt2"), {"zero_stage": 3}),
 ]
+HPZ = {"zero_optimization": {"zero_hpz_partition_size": 2}}
 REFUSED: list[tuple[ModelSpec, dict[str, Any], str]] = [
+    (
+        DENSE,
+        {"zero_stage": 2, "engine": HPZ},
+        "deepspeed has no use for strategy.engine.zero_optimization.zero_hpz_partition_size=2 with "
+        "plan.zero_stage=2; use plan.zero_stage=3, or remove the key",
+    ),
+    (
+        DENSE,
+        {"zero_stage": 3, "tp": 2, "engine": HPZ},
+        "deepspeed combines strategy.engine.zero_optimization.zero_hpz_partition_size=2 with data and sequence "
+        "parallel ranks only; use plan.tp=1 and plan.ep=1, or remove the key",
+    ),
+    (
+        DENSE,
+        {"zero_stage": 2, "offload_optimizer": True, "nvme_path": "/disk"},
+        "deepspeed cannot offload to plan.nvme_path=/disk with plan.zero_stage=2; use plan.zero_stage in 3",
+    ),
     (
         DENSE,
         {"pp": 2, "zero_stage": 2},

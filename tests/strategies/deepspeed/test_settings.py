@@ -12,9 +12,12 @@ import pytest
 from strategies.deepspeed import CAPABILITIES
 from strategies.deepspeed.settings import (
     BUCKET_ELEMENTS,
+    largest_shard,
     partition_words,
     summed_parts,
+    swapped_bytes,
     to_deepspeed_config,
+    why_not_zero_plus_plus,
 )
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
@@ -49,6 +52,19 @@ PLANS: dict[str, dict[str, Any]] = {
     "pp4_tp2_zero1_fp32": {"zero_stage": 1, "pp": 4, "tp": 2, "precision": "fp32"},
     "ulysses4_zero3_bf16": {"zero_stage": 3, "cp": 4},
     "mixtral_ep8_zero2_bf16": {"zero_stage": 2, "ep": 8},
+    "zero3_bf16_nvme": {
+        **{"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        "nvme_path": "/local/disk",
+    },
+    "zero3_bf16_zero_plus_plus": {
+        "zero_stage": 3,
+        "engine": {
+            "zero_optimization": {
+                **{"zero_hpz_partition_size": 8, "zero_quantized_weights": True},
+                "zero_quantized_gradients": True,
+            }
+        },
+    },
     "zero3_engine_keys": {
         "zero_stage": 3,
         "engine": {
@@ -108,6 +124,38 @@ def test_no_bucket_is_larger_than_the_model() -> None:
         tiny.num_parameters
     )
     assert CAPABILITIES.buffer_elements == BUCKET_ELEMENTS
+
+
+ZERO_PLUS_PLUS: list[tuple[dict[str, Any], str, str | None]] = [
+    ({"zero_quantized_weights": True}, "cuda", None),
+    ({"zero_hpz_partition_size": 4}, "cpu", None),
+    ({"zero_quantized_weights": True}, "cpu", "zero_quantized_weights=true needs a GPU: "),
+    ({"zero_quantized_gradients": True}, "cpu", "zero_quantized_gradients=true needs a GPU: "),
+    (
+        {"zero_hpz_partition_size": 3},
+        "cuda",
+        "zero_hpz_partition_size=3 must divide plan.dp * plan.cp=8 and the 8 ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("keys", "device", "words"), ZERO_PLUS_PLUS)
+def test_zero_plus_plus_where_it_can_be(keys: dict[str, Any], device: str, words: str | None) -> None:
+    plan = Plan(strategy="deepspeed", dp=8, zero_stage=3, engine={"zero_optimization": keys})
+    refusal = why_not_zero_plus_plus(plan, device=device, local_ranks=8)
+    assert (refusal is None) if words is None else (refusal is not None and words in refusal)
+
+
+def test_what_a_rank_swaps() -> None:
+    plan = Plan(
+        **{"strategy": "deepspeed", "dp": 8, "zero_stage": 3, "nvme_path": "/local/disk"},
+        **{"offload_optimizer": True, "offload_parameters": True},
+    )
+    assert swapped_bytes(plan, LARGE) == pytest.approx(LARGE.num_parameters / 8 * 18)
+    assert largest_shard(plan, LARGE) == 4096 * 32000 // 8  # the table of tokens
+    assert MIXTURE.moe is not None
+    stacked = 2 * MIXTURE.moe.num_experts * MIXTURE.moe.expert_ffn_hidden_size  # gates and ups of all experts
+    assert largest_shard(plan, MIXTURE) == MIXTURE.hidden_size * stacked // 8
 
 
 def test_partition_golden() -> None:
