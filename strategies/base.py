@@ -33,7 +33,8 @@ class StateBytes:
     are kept on every rank and reduced once a step, where the stage would shard and reduce them every time.
     `fresh_gradients` are those of the layer at hand before they are added to the buffer, which stays as it is;
     `step` is what the optimizer makes for one step and frees again, sharded as its state is; `gradient_copies`
-    are whole on every rank and never sent.
+    are whole on every rank and never sent. `host` lies on the host beside an optimizer that is offloaded, sharded as
+    its state is.
     """
 
     weights: float
@@ -46,6 +47,7 @@ class StateBytes:
     fresh_gradients: float = 0.0
     gradient_copies: float = 0.0
     step: float = 0.0
+    host: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,8 @@ class Capabilities:
     reshardable: frozenset[str] = frozenset()
     # Where a ZeRO stage holds something else than `state_bytes` of its precision says.
     stage_state_bytes: Mapping[tuple[Precision, int], StateBytes] = field(default_factory=dict)
+    # The same where the optimizer is offloaded.
+    offload_state_bytes: Mapping[tuple[Precision, int], StateBytes] = field(default_factory=dict)
     # Communication buffers of a ZeRO stage above 0: so many elements, but not more than the model has.
     buffer_elements: int = 0
     # Keys that `strategy.engine` may hold: name -> None (a value) or a nested mapping of keys.
@@ -156,9 +160,10 @@ class Capabilities:
 
     def state_bytes_of(self, plan: Plan) -> StateBytes:
         """Return what one parameter costs under the precision, ZeRO stage and engine keys of `plan`."""
-        state = self.stage_state_bytes.get(
-            (plan.precision, plan.zero_stage), self.state_bytes[plan.precision]
-        )
+        key = (plan.precision, plan.zero_stage)
+        state = self.stage_state_bytes.get(key, self.state_bytes[plan.precision])
+        if plan.offload_optimizer:
+            state = self.offload_state_bytes.get(key, state)
         given = dict(_flat(plan.engine))
         # A single micro-batch is the last one, and that one is always reduced.
         whole = (

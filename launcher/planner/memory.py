@@ -94,7 +94,7 @@ class MemoryModel:
         owned, host = owned_parameters(stage, plan), 0.0
         if plan.offload_optimizer:
             at_hand = min(owned, self._capabilities.swapped_elements)
-            host += at_hand * (state.gradients + state.optimizer) + owned * state.gradients
+            host += at_hand * (state.gradients + state.optimizer) + owned * state.host
         if plan.offload_parameters:
             host += min(owned, stage.layer_parameters) * state.weights
         return host
@@ -240,6 +240,7 @@ def _states(plan: Plan, state: StateBytes, stage: StageShape) -> tuple[tuple[flo
         host, weights = weights, 0.0
     if plan.offload_optimizer:
         host, optimizer = host + optimizer, 0.0
+        host += _sharded(stage, plan, state.host, sharded=plan.zero_stage >= 1)
         if plan.zero_stage >= 2:
             # Sharded gradients follow the optimizer, which reads them on the host (ZeRO-Offload, section 4).
             host, gradients = host + gradients, 0.0

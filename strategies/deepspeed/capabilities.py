@@ -101,6 +101,16 @@ CAPABILITIES = Capabilities(
         ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=12, gathered=4),
         ("bf16", 3): StateBytes(weights=2, gradients=4, optimizer=12, gathered=2),
     },
+    # On the host beside the optimizer: its gradients once more in fp32 and, below stage 3, the weights on their way to
+    # the device. There, stage 1 keeps the 16-bit gradients as well.
+    offload_state_bytes={
+        ("fp32", 1): StateBytes(weights=4, gradients=4, optimizer=12, host=8),
+        ("bf16", 1): StateBytes(weights=2, gradients=4, optimizer=12, gradient_copies=2, host=6),
+        ("fp32", 2): StateBytes(weights=4, gradients=4, optimizer=12, host=8),
+        ("bf16", 2): StateBytes(weights=2, gradients=4, optimizer=12, host=6),
+        ("fp32", 3): StateBytes(weights=4, gradients=4, optimizer=12, gathered=4, host=4),
+        ("bf16", 3): StateBytes(weights=2, gradients=4, optimizer=12, gathered=2, host=4),
+    },
     degrees=frozenset({"tp", "pp", "cp", "ep"}),
     uneven_pipeline=True,
     copies_kv_heads=False,  # AutoTP gives the ranks beyond them no heads at all

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from launcher.decode import decode
+from strategies import hf
+from strategies.model_spec import ModelSpec
+from strategies.spec import Plan, TrainingSpec
 
 SAVE_AFTER = 10
 PLANS: dict[str, dict[str, Any]] = {
@@ -14,29 +21,45 @@ PLANS: dict[str, dict[str, Any]] = {
     "zero1": {"strategy": "deepspeed", "zero_stage": 1},
     "zero2-offload": {"strategy": "deepspeed", "zero_stage": 2, "offload_optimizer": True},
     "zero3": {"strategy": "deepspeed", "zero_stage": 3},
-}
-DEGREES: dict[str, dict[str, Any]] = {
-    "tp2": {"strategy": "deepspeed", "tp": 2, "zero_stage": 1},
-    "pp2": {"strategy": "deepspeed", "pp": 2, "zero_stage": 1},
+    "zero3-hpz": {
+        **{"strategy": "deepspeed", "zero_stage": 3},
+        "engine": {
+            "zero_optimization": {"zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0}
+        },
+    },
     "cp2": {"strategy": "deepspeed", "cp": 2, "zero_stage": 3},
 }
 EXPERTS = {"strategy": "deepspeed", "ep": 2, "zero_stage": 1}
 CASES: dict[str, dict[str, Any]] = {
-    **{name: {"plan": plan} for name, plan in {**PLANS, **DEGREES}.items()},
+    **{name: {"plan": plan} for name, plan in PLANS.items()},
     "experts": {"plan": EXPERTS, "shape": "mixture"},
 }
-# Every stage's checkpoint under every other stage, and two of them on another number of ranks.
+HOPS = [
+    *(("zero0", "zero1"), ("zero1", "zero0"), ("zero1", "zero2-offload"), ("zero2-offload", "zero3")),
+    *(("zero3", "zero1"), ("zero3", "zero0"), ("zero3-hpz", "cp2"), ("cp2", "zero3-hpz")),
+]
 RESUMED: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{one}-to-{other}": (one, {"plan": PLANS[other]}) for one, other in permutations(PLANS, 2)},
-    "zero3-to-zero1-alone": ("zero3", {"plan": PLANS["zero1"], "world_size": 1, "num_microbatches": 4}),
-    "zero1-to-zero3-alone": ("zero1", {"plan": PLANS["zero3"], "world_size": 1, "num_microbatches": 4}),
-    "zero3-to-tp2": ("zero3", {"plan": DEGREES["tp2"]}),
-    "tp2-to-pp2": ("tp2", {"plan": DEGREES["pp2"]}),
-    "pp2-to-cp2": ("pp2", {"plan": DEGREES["cp2"]}),
-    "cp2-to-zero2-offload": ("cp2", {"plan": PLANS["zero2-offload"]}),
-    "pp2-to-zero1-alone": ("pp2", {"plan": PLANS["zero1"], "world_size": 1, "num_microbatches": 4}),
+    **{f"{one}-to-{other}": (one, {"plan": PLANS[other]}) for one, other in HOPS},
     "experts-to-zero3": ("experts", {"plan": PLANS["zero3"], "shape": "mixture"}),
 }
+NEW = [name for name in PLANS if name in ("zero3-hpz", "cp2")] + ["experts"]
+
+SCHEDULE: dict[str, Any] = {
+    **{"sequence_length": 16, "global_batch_size": 8, "num_steps": 20, "learning_rate": 1e-2},
+    **{"warmup_steps": 3, "max_grad_norm": 0.5, "seed": 3},
+}
+SHAPE: dict[str, Any] = {
+    **{"name": "tied", "model_type": "llama", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64},
+    **{"num_attention_heads": 4, "num_kv_heads": 2, "vocab_size": 64, "max_position_embeddings": 32},
+    "tied_embeddings": True,
+}
+# Five steps each, on so many ranks.
+CHAIN: list[tuple[int, dict[str, Any]]] = [
+    (2, {"dp": 2, "zero_stage": 3}),
+    (2, {"dp": 1, "tp": 2, "zero_stage": 1}),
+    (2, {"dp": 1, "pp": 2, "zero_stage": 0}),
+    (1, {"dp": 1, "zero_stage": 1}),
+]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -47,9 +70,35 @@ def test_another_plan_continues_the_checkpoint(bench: Any, name: str) -> None:
     np.testing.assert_allclose(continued["norms"], reference["norms"][SAVE_AFTER:], rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*DEGREES, "experts"])
+@pytest.mark.parametrize("name", NEW)
 def test_the_same_plan_is_bit_identical(bench: Any, name: str) -> None:
     unbroken, resumed = bench.trained(name), bench.resumed(name)
     assert resumed["losses"] == unbroken["losses"][SAVE_AFTER:]
     assert resumed["norms"] == unbroken["norms"][SAVE_AFTER:]
     assert resumed["evaluated"] == unbroken["evaluated"]
+
+
+def test_a_run_goes_through_all_kinds_of_plans(
+    start_ranks: Callable[..., None],
+    plainly: Callable[..., dict[str, Any]],
+    make_tokens: Callable[..., np.ndarray],
+    tmp_path: Path,
+) -> None:
+    training, weights, data = TrainingSpec(**SCHEDULE), tmp_path / "start", tmp_path / "data.npy"
+    hf.create_weights(decode(ModelSpec, SHAPE), training, weights)
+    np.save(data, make_tokens(training, SHAPE["vocab_size"]))
+    losses: list[float] = []
+    for hop, (world_size, words) in enumerate(CHAIN):
+        plan = {"strategy": "deepspeed", "precision": "fp32", "num_microbatches": 2, **words}
+        plan["micro_batch_size"] = 8 // plan["dp"] // 2
+        assert Plan(**plan).world_size == world_size
+        steps = {"first": 5 * hop, "last": 5 * hop + 5, "save_after": 5 * hop + 5}
+        folders = {"load": str(tmp_path / str(hop - 1)) if hop else None, "save": str(tmp_path / str(hop))}
+        shared = {"model": SHAPE, "training": SCHEDULE, "data": str(data), "weights": str(weights)}
+        job, results = tmp_path / f"job{hop}.json", tmp_path / f"results{hop}.json"
+        job.write_text(json.dumps({**shared, "cases": {"x": {"plan": plan, **steps, **folders}}}), "utf-8")
+        worker = str(Path(__file__).with_name("parity_worker.py"))
+        start_ranks([worker, str(job), str(results)], world_size=world_size)
+        losses += json.loads(results.read_text("utf-8"))["x"]["losses"]
+    reference = plainly(weights, np.load(data), training)["losses"]
+    np.testing.assert_allclose(losses, reference, rtol=1e-5)

@@ -45,6 +45,16 @@ CASES: dict[tuple[str, str, int], float] = {
     ("deepspeed", "fp32", 3): 4 + 4,
     ("deepspeed", "bf16", 3): 2 + 2,
 }
+# The optimizer in host memory, which here is the same; below stage 3 with two buffers for the largest tensor.
+LARGEST = 2 * SHAPE["ffn_hidden_size"] * SHAPE["hidden_size"] / ModelSpec(**SHAPE).num_parameters
+OFFLOADED: dict[tuple[str, int], float] = {
+    ("fp32", 1): 4 + 4 * LARGEST,
+    ("bf16", 1): 2 + 2 * LARGEST,
+    ("fp32", 2): 4 * LARGEST,
+    ("bf16", 2): 2 * LARGEST,
+    ("fp32", 3): 4 + 4,
+    ("bf16", 3): 2 + 2,
+}
 # Gradients that stay whole until the last micro-batch: FSDP2 keeps the weights of its head, as above.
 WHOLE: dict[tuple[str, int], float] = {
     ("fp32", 2): 0,
@@ -66,9 +76,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(start_ranks: Callable[..., None], folder: Path) -> Any:
     whole = {f"whole-{precision}-{stage}": as_whole_plan(precision, stage) for precision, stage in WHOLE}
-    return start(
-        start_ranks, folder, {**{"-".join(map(str, key)): as_plan(*key) for key in CASES}, **whole}, dp=DP
-    )
+    offloaded = {
+        f"offloaded-{precision}-{stage}": as_offloaded(precision, stage) for precision, stage in OFFLOADED
+    }
+    resident = {"-".join(map(str, key)): as_plan(*key) for key in CASES}
+    return start(start_ranks, folder, {**resident, **whole, **offloaded}, dp=DP)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +98,10 @@ def as_plan(strategy: str, precision: str, stage: int, *, dp: int = DP) -> dict[
 
 def as_whole_plan(precision: str, stage: int) -> dict[str, Any]:
     return {**as_plan("accelerate", precision, stage), "engine": {"sync_each_batch": False}}
+
+
+def as_offloaded(precision: str, stage: int) -> dict[str, Any]:
+    return {**as_plan("deepspeed", precision, stage), "offload_optimizer": True}
 
 
 def start(
@@ -123,6 +139,16 @@ def test_gradients_that_are_not_reduced_are_whole(measured: Any, precision: str,
     held = state.weights / (DP if stage >= 3 else 1) + state.gradients + state.optimizer / DP
     expected = held + WHOLE[precision, stage]
     assert measured[f"whole-{precision}-{stage}"] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("precision", "stage"), OFFLOADED)
+def test_an_offloaded_optimizer_holds_this(measured: Any, precision: str, stage: int) -> None:
+    plan = Plan(**as_offloaded(precision, stage))
+    state = strategies.load("deepspeed").capabilities.state_bytes_of(plan)
+    held = state.weights / (DP if stage >= 3 else 1) + state.gradients / (DP if stage >= 2 else 1)
+    held += state.gradient_copies + (state.optimizer + state.host) / DP
+    expected = held + OFFLOADED[precision, stage]
+    assert measured[f"offloaded-{precision}-{stage}"] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("precision", "stage"), SINGLE)

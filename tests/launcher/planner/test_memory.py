@@ -202,6 +202,16 @@ def test_offload_moves_bytes_to_the_host() -> None:
     assert first.gradients > 0
 
 
+def test_an_offloaded_optimizer_has_more_on_the_host() -> None:
+    plan = plan_of(dp=4, zero_stage=1, offload_optimizer=True)
+    shape = stages_of(GPT, plan)[0]
+    lean, full = (
+        stage_memory(GPT, plan=plan, training=TRAINING, state=replace(STATE, host=host), stage=shape)[1]
+        for host in (0.0, 6.0)
+    )
+    assert full - lean == pytest.approx(6 * shape.all_parameters / 4)
+
+
 def test_a_disk_keeps_host_memory_free_but_for_what_is_at_hand() -> None:
     capabilities = Capabilities(
         zero_stages=frozenset({3}),
@@ -221,7 +231,7 @@ def test_a_disk_keeps_host_memory_free_but_for_what_is_at_hand() -> None:
         0,
         pytest.approx(owned * (STATE.weights + STATE.gradients + STATE.optimizer)),
     )
-    at_hand = 1000 * (STATE.gradients + STATE.optimizer) + owned * STATE.gradients
+    at_hand = 1000 * (STATE.gradients + STATE.optimizer)
     at_hand += min(owned, shape.layer_parameters) * STATE.weights
     assert model.of(on_disk, shape)[1] == pytest.approx(at_hand)
     assert model.of(on_disk, shape)[0] == model.of(on_host, shape)[0]
