@@ -54,6 +54,7 @@ def _offload(can: Capabilities) -> str:
         for what, stages in (
             ("optimizer", can.offload_optimizer_stages),
             ("parameters", can.offload_parameters_stages),
+            ("to a disk", can.nvme_stages),
         )
         if stages
     ]

@@ -15,6 +15,7 @@ SMALL = (
 )
 PLANS = {
     "accelerate-fsdp2": ("strategy=accelerate", "plan.zero_stage=3"),
+    "deepspeed-zero3": ("strategy=deepspeed", "plan.zero_stage=3"),
     "megatron-tp2": ("strategy=megatron", "plan.tp=2"),
     "megatron-pp2": ("strategy=megatron", "plan.pp=2"),
     # A vocabulary that is padded, and one that a stage saves apart.

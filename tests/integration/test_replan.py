@@ -20,6 +20,10 @@ CHANGES = {
         ("strategy=accelerate", "plan.zero_stage=3"),
         ("cluster.gpus_per_node=1", "plan.zero_stage=0"),
     ),
+    "deepspeed-zero3-to-tp2": (
+        ("strategy=deepspeed", "plan.zero_stage=3"),
+        ("plan.zero_stage=1", "plan.tp=2"),
+    ),
     # The degrees that the words leave change as well; what the files depend on does not.
     "megatron-tp2-to-dp2": (("strategy=megatron", "plan.tp=2"), ("plan.tp=1",)),
     "megatron-tp2-to-pp2": (("strategy=megatron", "plan.tp=2"), ("plan.tp=1", "plan.pp=2")),

@@ -22,7 +22,7 @@ def test_a_column_an_engine_and_a_row_a_fact() -> None:
 def test_facts_are_the_capabilities() -> None:
     told = engines.facts("deepspeed")
     assert told["ZeRO stages"] == "0, 1, 2, 3"
-    assert told["offload"] == "optimizer (1, 2, 3), parameters (3)"
+    assert told["offload"] == "optimizer (1, 2, 3), parameters (3), to a disk (3)"
     assert told["pipeline stages"] == "uneven"
     assert engines.facts("megatron")["degrees"] == "dp tp pp vp cp ep etp"
     assert engines.facts("megatron")["pipeline stages"] == "uneven"
