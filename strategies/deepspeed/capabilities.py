@@ -124,7 +124,7 @@ CAPABILITIES = Capabilities(
     buffer_elements=BUCKET_ELEMENTS,
     offload_optimizer_stages=frozenset({1, 2, 3}),
     offload_parameters_stages=frozenset({3}),
-    # Stages 1 and 2 take `nvme` for `cpu` (runtime/engine.py, zero_cpu_offload).
+    # Stages 1 and 2 take `nvme` for `cpu` (runtime/zero/stage_1_and_2.py).
     nvme_stages=frozenset({3}),
     swapped_elements=SWAPPED_ELEMENTS,
     # Checkpoints name the tensors of the model and their places in them.
