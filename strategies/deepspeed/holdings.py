@@ -99,8 +99,9 @@ class Holdings(ABC):
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return what is saved with the weights and never trained."""
-        trained = dict(self.engine.module.named_parameters(remove_duplicate=False))
-        state: dict[str, torch.Tensor] = self.engine.module.state_dict()
+        network = getattr(self.engine.module, "network", self.engine.module)  # of a pipeline, this stage's part
+        trained = dict(network.named_parameters(remove_duplicate=False))
+        state: dict[str, torch.Tensor] = network.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in trained}
 
     def _groups(self) -> Iterator[int]:

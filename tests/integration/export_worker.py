@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from launcher.decode import decode
@@ -62,6 +63,7 @@ def run(name: str, case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         "same": all(map(torch.equal, trained, found)) and len(trained) == len(found),
         "changed": not all(map(torch.equal, trained, initial)),
         "evaluated": [evaluated, again.evaluate(batches)],
+        "names": names(folder) == names(Path(case["weights"])),
         "logits": logits is None or torch.equal(logits, reloaded_logits(folder, plan, tokens)),
     }
     again.teardown()
@@ -71,8 +73,14 @@ def run(name: str, case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         "same": all(each["same"] for each in everywhere),
         "changed": all(each["changed"] for each in everywhere),
         "evaluated": result["evaluated"],
+        "names": result["names"],
         "logits": all(each["logits"] for each in everywhere),
     }
+
+
+def names(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
 
 
 def held(strategy: DeepSpeedStrategy, plan: Plan) -> list[torch.Tensor]:

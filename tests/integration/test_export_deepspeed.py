@@ -78,7 +78,7 @@ def as_plan(words: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PLANS)
 def test_a_start_from_the_folder_holds_the_same_bits(exported: dict[str, Any], name: str) -> None:
     found = exported[name]
-    assert found["same"] and found["changed"]
+    assert found["same"] and found["changed"] and found["names"]
     assert found["evaluated"][0] == found["evaluated"][1]
 
 
