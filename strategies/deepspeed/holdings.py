@@ -99,7 +99,9 @@ class Holdings(ABC):
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """Return what is saved with the weights and never trained."""
-        network = getattr(self.engine.module, "network", self.engine.module)  # of a pipeline, this stage's part
+        network = getattr(
+            self.engine.module, "network", self.engine.module
+        )  # of a pipeline, this stage's part
         trained = dict(network.named_parameters(remove_duplicate=False))
         state: dict[str, torch.Tensor] = network.state_dict()
         return {name: tensor for name, tensor in state.items() if name not in trained}
