@@ -33,6 +33,7 @@ CAPABILITIES = Capabilities(
     sequence_parallel=True,
     offload_optimizer_stages=_ALL_STAGES,
     offload_parameters_stages=_ALL_STAGES,
+    nvme_stages=_ALL_STAGES,
 )
 
 

@@ -70,6 +70,12 @@ def test_another_plan_continues_the_checkpoint(bench: Any, name: str) -> None:
     np.testing.assert_allclose(continued["norms"], reference["norms"][SAVE_AFTER:], rtol=1e-4)
 
 
+def test_weights_kept_inside_a_node_change_nothing(bench: Any) -> None:
+    result, reference = bench.trained("zero3-hpz"), bench.reference()
+    np.testing.assert_allclose(result["losses"], reference["losses"], rtol=1e-5)
+    np.testing.assert_allclose(result["norms"], reference["norms"], rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", NEW)
 def test_the_same_plan_is_bit_identical(bench: Any, name: str) -> None:
     unbroken, resumed = bench.trained(name), bench.resumed(name)

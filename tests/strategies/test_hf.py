@@ -251,3 +251,19 @@ def test_a_part_needs_tensors_that_can_be_read_alone(weights: Path, tmp_path: Pa
         ValueError, match=r"lacks the tensor 'model\.layers\.1\..*'; use the model these weights"
     ):
         hf.build_part(tmp_path, MODEL, keep_head)
+
+
+def test_stacked_experts_are_saved_one_by_one(tmp_path: Path) -> None:
+    moe = MoeSpec(num_experts=2, top_k=1, expert_ffn_hidden_size=MODEL.ffn_hidden_size)
+    mixture = replace(MODEL, model_type="mixtral", moe=moe)
+    hf.create_weights(mixture, TRAINING, tmp_path)
+    as_saved = hf.renaming(tmp_path, mixture)
+    rows, width = 2 * MODEL.ffn_hidden_size, MODEL.hidden_size
+    found = as_saved({"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, rows, width, device="meta")})
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight": (rows // 2, width)
+        for expert in (0, 1)
+        for part in ("w1", "w3")
+    }
+    plain = {"model.norm.weight": torch.zeros(width)}
+    assert as_saved(plain).keys() == plain.keys()
