@@ -39,10 +39,15 @@ def test_the_losses_go_on(shell: Callable[..., Any], tmp_path: Path, change: str
     outcome = shell("resume", str(changed), *words)
     assert outcome.code == 0, outcome.err
     assert losses(changed) == pytest.approx(losses(whole), rel=1e-5)
-    assert losses(changed) != losses(whole)
     assert len(losses(whole)) == 8
-    manifest = json.loads(next(changed.glob("checkpoints/*/manifest.json")).read_text())
-    assert set(manifest["reshardable"]) >= {"dp"}
+    # The losses may well be the same to the last bit; the plan that wrote the last checkpoint is not.
+    assert newest_manifest(changed)["plan"] != newest_manifest(whole)["plan"]
+    assert set(newest_manifest(changed)["reshardable"]) >= {"dp"}
+
+
+def newest_manifest(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(max(run.glob("checkpoints/*/manifest.json")).read_text())
+    return found
 
 
 def losses(run: Path) -> list[float]:
