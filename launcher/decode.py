@@ -79,14 +79,11 @@ def _optional(args: tuple[Any, ...], value: Any, key: str, hint: Any) -> Any:
     if len(inner) == 2 and words:  # a number, or a word that stands for one
         if value in get_args(words[0]):
             return value
+        if not isinstance(value, int | float):
+            raise ConfigError(f"{key}={value} is not {_describe(hint)}")
         inner.remove(words[0])
     assert len(inner) == 1, f"decode supports X | None and X | Literal only, not {hint}"
-    try:
-        return _value(inner[0], value, key)
-    except ConfigError as error:
-        if not words or isinstance(value, int | float):
-            raise
-        raise ConfigError(f"{key}={value} is not {_describe(hint)}") from error
+    return _value(inner[0], value, key)
 
 
 def _scalar(hint: type, value: Any, key: str) -> Any:

@@ -74,6 +74,7 @@ class RunData:
         return CostBreakdown(
             memory=MemoryCost(**told["memory_bytes_by_part"]),
             host_bytes=told["host_bytes"],
+            disk_bytes=told["disk_bytes"],
             stage=told["memory_stage"],
             time=TimeCost(**told["step_s_by_part"]),
             tokens_per_step=self.job.training.tokens_per_step,

@@ -86,7 +86,8 @@ CLUSTERS = [
     for entry in sorted(
         (resources.files("hydra_configs") / "cluster").iterdir(), key=lambda entry: entry.name
     )
-    if entry.name.endswith(".yaml") and entry.name != "local.yaml"
+    # Two ask the machine, or Slurm, what there is.
+    if entry.name.endswith(".yaml") and entry.name not in ("local.yaml", "slurm.yaml")
 ]
 MODELS = [
     entry.name.removesuffix(".yaml")
