@@ -95,7 +95,7 @@ def _plan(plan: Plan) -> str:
     rows = [
         (key_of(field.name), text_of(getattr(plan, field.name)))
         for field in fields(Plan)
-        if getattr(plan, field.name) not in ((), {})
+        if getattr(plan, field.name) not in ((), {}, None)
     ]
     whole = table(("key", "value"), rows, caption="Every key of the plan", words=(0, 1))
     words = tag("p", tag("strong", text(describe(plan))))
