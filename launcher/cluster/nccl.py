@@ -151,6 +151,9 @@ def lint(
     settings: Mapping[str, Setting], fabric: Fabric | None, *, deterministic: bool = False
 ) -> tuple[Finding, ...]:
     """Return what is wrong with `settings` for a job on `fabric`, what has to be refused first."""
+    settings = {
+        name: setting for name, setting in settings.items() if setting.value.strip()
+    }  # NCCL skips empty ones
     found = [*_sockets(settings)]
     for setting in settings.values():
         finding = _judge(setting, settings, fabric, deterministic=deterministic)
@@ -164,8 +167,13 @@ def _judge(
 ) -> Finding | None:
     name = setting.name
     owner = next((owner for prefix, owner in OWNED_BY.items() if name.startswith(prefix)), None)
+    if owner is not None and fabric not in (None, owner):
+        what = f"it belongs to {PROFILES[owner].vendor} and this cluster's network is {fabric}"
+        return _finding("warn", setting, f"{what}; unset it", PROFILES[owner].source)
+    if name in EFA_STALE:  # RDMAV_FORK_SAFE is of use on other networks
+        return None if fabric not in (None, "efa") else _stale(setting)
     if owner is not None:
-        return _foreign_fabric(setting, owner, fabric)
+        return None
     if name in SLOW_SWITCHES:
         return _slow_switch(setting)
     if name in REMOVED:
@@ -183,13 +191,8 @@ def _judge(
     )
 
 
-def _foreign_fabric(setting: Setting, owner: Fabric, fabric: Fabric | None) -> Finding | None:
-    if fabric is not None and fabric != owner:
-        what = f"it belongs to {PROFILES[owner].vendor} and this cluster's network is {fabric}"
-        return _finding("warn", setting, f"{what}; unset it", PROFILES[owner].source)
-    if setting.name in EFA_STALE:
-        return _finding("warn", setting, f"{EFA_STALE[setting.name]}; unset it", EFA_GUIDE)
-    return None
+def _stale(setting: Setting) -> Finding:
+    return _finding("warn", setting, f"{EFA_STALE[setting.name]}; unset it", EFA_GUIDE)
 
 
 def _slow_switch(setting: Setting) -> Finding | None:

@@ -227,7 +227,6 @@ OWNED_BY: dict[str, Fabric] = {
     "FI_PROVIDER": "efa",
     "FI_EFA_": "efa",
     "OFI_NCCL_": "efa",
-    "RDMAV_FORK_SAFE": "efa",
     "NCCL_FASTRAK_": "gcp",
     "NCCL_GPUDIRECTTCPX_": "gcp",
     "NCCL_SHIMNET_": "gcp",

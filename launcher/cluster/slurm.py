@@ -18,7 +18,8 @@ from launcher.decode import decode, encode
 from launcher.errors import ClusterError
 
 _GRES = re.compile(r"(?:^|,)(?:gres/)?gpu(?::(?P<kind>[A-Za-z][\w.+-]*))?[:=](?P<count>\d+)")
-# A node in one of these gets no new job; Slurm puts * behind the state of one that does not answer.
+# A node in one of these gets no new job, but one that is powered down does: Slurm starts it. A * stands behind the
+# state of one that does not answer.
 _UNUSABLE = ("DOWN", "DRAIN", "FAIL", "INVAL", "MAINT", "NOT_RESPONDING", "UNKNOWN", "FUTURE")
 # Kinds as sites and Slurm's own detection name them -> packaged preset. PCIe and NVL boards are slower than their
 # namesakes and have none.
@@ -27,7 +28,7 @@ _KINDS = (
     (re.compile(r"gb200"), "gb200_nvl72"),
     (re.compile(r"b300"), "b300"),
     (re.compile(r"b200"), "b200"),
-    (re.compile(r"h200(?!.*(nvl|pcie))"), "h200_sxm"),
+    (re.compile(r"(?<!g)h200(?!.*(nvl|pcie))"), "h200_sxm"),
     (re.compile(r"h800"), "h800_sxm"),
     (re.compile(r"h100(?!.*(nvl|pcie))"), "h100_sxm"),
     (re.compile(r"a100(?!.*pcie).*80 ?g"), "a100_80gb"),
@@ -37,6 +38,7 @@ _KINDS = (
     (re.compile(r"v100"), "v100"),
     (re.compile(r"mi(300x|325x|355x)"), "mi{0}"),
 )
+_SLICE = re.compile(r"\d+g\.\d+gb")  # a part of a GPU (MIG)
 _TIMEOUT_S = 60
 
 
@@ -76,7 +78,8 @@ def _node(text: str) -> SlurmNode:
         memory_gib=int(field("RealMemory", "0")) / 1024,
         features=field("AvailableFeatures").lower(),
         partitions=tuple(field("Partitions").split(",")),
-        is_usable=not any(word in state for word in _UNUSABLE) and not state.endswith("*"),
+        is_usable=not state.endswith("*")
+        and not any(word.startswith(_UNUSABLE) for word in re.split(r"[+$~#%@^!-]", state)),
     )
 
 
@@ -190,7 +193,7 @@ def _preset_of(node: SlurmNode) -> str:
     words = f"{node.gpu_kind} {node.features}".replace("_", " ")
     for pattern, preset in _KINDS:
         found = pattern.search(words)
-        if found:
+        if found and not _SLICE.search(node.gpu_kind):
             return preset.format(*found.groups())
     raise ClusterError(
         f"Slurm calls the GPUs of {node.name} '{node.gpu_kind}' (features '{node.features}'), which names no preset; "

@@ -43,6 +43,9 @@ class DeepSpeedStrategy(Strategy):
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Hand this rank's part of the model and torch's AdamW to a DeepSpeed engine."""
+        device = process.local_device().type
+        if refusal := why_not_zero_plus_plus(plan, device=device, local_ranks=_ranks_of_host()):
+            raise ValueError(refusal)
         config = self._enter(plan, model, training)
         self._model, self._weights = model, weights
         from strategies.deepspeed import network
@@ -61,9 +64,6 @@ class DeepSpeedStrategy(Strategy):
         self._plan = plan
         process.set_deterministic(training)
         self._device = process.local_device()
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if refusal := why_not_zero_plus_plus(plan, device=self._device.type, local_ranks=local_ranks):
-            raise ValueError(refusal)
         process.join_single_rank_group()
         deepspeed.init_distributed()
         self._swap_folder = _open_swap_folder(plan, model)
@@ -77,7 +77,7 @@ class DeepSpeedStrategy(Strategy):
 
         from strategies.deepspeed import experts, norms, sequences
 
-        part, self._summed_parts = self._part, summed_parts(self._plan, config)
+        part, self._summed_parts = self._part, summed_parts(self._plan)
         self._balance = hf.balance_coefficient(part.model)
 
         def create_optimizer(_: Any) -> torch.optim.Optimizer:
@@ -223,8 +223,11 @@ def _open_swap_folder(plan: Plan, model: ModelSpec) -> Path | None:
     from strategies.deepspeed import swapping
 
     swapping.enable()
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return disk.open_folder(plan.nvme_path, num_bytes=ranks_here * swapped_bytes(plan, model))
+    return disk.open_folder(plan.nvme_path, num_bytes=_ranks_of_host() * swapped_bytes(plan, model))
+
+
+def _ranks_of_host() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _create_optimizer(network: torch.nn.Module, plan: Plan, training: TrainingSpec) -> torch.optim.Optimizer:

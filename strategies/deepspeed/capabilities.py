@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from strategies.base import Capabilities, Execution, StateBytes
-from strategies.deepspeed.keys import ACCEPTED, OWNED, UNPRICED, UNUSED
+from strategies.deepspeed.keys import ACCEPTED, HARMFUL, HARMLESS, OWNED, UNPRICED, UNUSED
 from strategies.deepspeed.settings import BUCKET_ELEMENTS, SWAPPED_ELEMENTS
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan
@@ -37,9 +37,36 @@ def _pipeline_shards_no_gradients(plan: Plan) -> str | None:
     return None
 
 
+def _keys_that_do_harm(plan: Plan) -> str | None:
+    given = plan.engine.get("zero_optimization", {})
+    for key, value in {**given, **given.get("offload_optimizer", {})}.items():
+        if key in HARMFUL and value not in HARMLESS.get(key, (None, False)):
+            return f"{plan.strategy} cannot have {key}={value} in strategy.engine: {HARMFUL[key]}; remove the key"
+    # runtime/zero/stage3.py, __add_grad_to_ipg_bucket: some gradients are summed over parts of a sequence, those of
+    # parameters larger than a bucket averaged.
+    if plan.cp > 1 and plan.zero_stage == 3 and given.get("reduce_scatter") is False:
+        return (
+            f"{plan.strategy} cannot combine strategy.engine.zero_optimization.reduce_scatter=false with "
+            f"plan.cp={plan.cp} and plan.zero_stage=3; remove the key"
+        )
+    return None
+
+
 def _sharded_weights_only(plan: Plan) -> str | None:
     # ZeRO++ (arXiv 2306.10209) is about gathering weights and scattering their gradients.
-    given = plan.engine.get("zero_optimization", {})
+    given, prefix = plan.engine.get("zero_optimization", {}), "strategy.engine.zero_optimization"
+    size = given.get("zero_hpz_partition_size", 1)
+    if not isinstance(size, int) or size < 1:
+        return (
+            f"{prefix}.zero_hpz_partition_size={size} must be a number of ranks, at least 1; 1 turns it off"
+        )
+    # runtime/zero/partition_parameters.py makes the second copy where the first one lies, and tensors lie on no disk.
+    if size > 1 and plan.nvme_path and plan.offload_parameters:
+        return (
+            f"{plan.strategy} cannot combine {prefix}.zero_hpz_partition_size={size} with "
+            f"plan.offload_parameters=true on plan.nvme_path={plan.nvme_path}; "
+            "use plan.nvme_path=null, or remove the key"
+        )
     for key in ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"):
         if given.get(key) and plan.zero_stage < 3:
             return (
@@ -63,6 +90,18 @@ def _degrees_of_dense_families(plan: Plan, model: ModelSpec) -> str | None:
                 f"{plan.strategy} has plan.{degree}={getattr(plan, degree)} for {', '.join(sorted(DENSE))} only, not "
                 f"for model.model_type={model.model_type}; use plan.{degree}=1"
             )
+    return None
+
+
+def _tied_stages_keep_gradients(plan: Plan, model: ModelSpec) -> str | None:
+    # With offload runtime/zero/stage_1_and_2.py moves 16-bit gradients to `grad_accum`, where the sum over the first
+    # and the last stage (runtime/pipe/engine.py, _exec_reduce_tied_grads) does not look.
+    if plan.pp > 1 and plan.offload_optimizer and plan.precision != "fp32" and model.tied_embeddings:
+        return (
+            f"{plan.strategy} lets the two copies of tied embeddings drift apart with plan.pp={plan.pp}, "
+            f"plan.offload_optimizer=true and training.precision={plan.precision}; "
+            "use plan.offload_optimizer=false or plan.pp=1"
+        )
     return None
 
 
@@ -115,9 +154,15 @@ CAPABILITIES = Capabilities(
     uneven_pipeline=True,
     copies_kv_heads=False,  # AutoTP gives the ranks beyond them no heads at all
     execution=Execution(reduces_after_pipeline=True, heads_over_cp=True),
-    rules=(_degrees_that_do_not_meet, _pipeline_shards_no_gradients, _sharded_weights_only),
+    rules=(
+        _degrees_that_do_not_meet,
+        _pipeline_shards_no_gradients,
+        _keys_that_do_harm,
+        _sharded_weights_only,
+    ),
     model_rules=(
         _degrees_of_dense_families,
+        _tied_stages_keep_gradients,
         _experts_of_known_families,
         _ulysses_sees_the_whole_sequence,
     ),

@@ -6,6 +6,8 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -26,17 +28,18 @@ def open_folder(directory: str, *, num_bytes: float) -> Path:
         )
     if not os.access(root, os.W_OK | os.X_OK):
         raise ValueError(f"plan.nvme_path={directory} cannot be written to; give a folder that you own")
-    _remove_leftovers(root)
     if reason := _why_not_local(_file_system(root)):
         raise ValueError(f"plan.nvme_path={directory} {reason}; give a folder on a local disk")
-    free = shutil.disk_usage(root).free
-    if num_bytes > free:
-        raise ValueError(
-            f"plan.nvme_path={directory} has {free / GIB:.1f} GiB free and this host's ranks swap "
-            f"{num_bytes / GIB:.1f} GiB; free space there, or use more nodes"
-        )
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-    _held[folder] = _lock(_lock_file(folder))
+    with _alone(root):  # a folder without its lock would be a leftover to the other ranks
+        _remove_leftovers(root)
+        free = shutil.disk_usage(root).free
+        if num_bytes > free:
+            raise ValueError(
+                f"plan.nvme_path={directory} has {free / GIB:.1f} GiB free and this host's ranks swap "
+                f"{num_bytes / GIB:.1f} GiB; free space there, or use more nodes"
+            )
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        _held[folder] = _lock(_lock_file(folder))
     return folder
 
 
@@ -46,6 +49,17 @@ def remove_folder(folder: Path) -> None:
     _lock_file(folder).unlink(missing_ok=True)
     if (lock := _held.pop(folder, None)) is not None:
         os.close(lock)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Keep other processes that open a folder below `root` waiting."""
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove_leftovers(root: Path) -> None:

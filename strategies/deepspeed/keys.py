@@ -137,6 +137,19 @@ OWNED: Mapping[str, str] = {
     "comet": "monitor",
 }
 
+# Known and refused: what goes wrong. Values of HARMLESS turn a key off.
+HARMFUL: Mapping[str, str] = {
+    # runtime/zero/stage_1_and_2.py: the flat buffer is in another order than the mapping to parameters says.
+    "round_robin_gradients": "checkpoints and exports would find other tensors' values in its partitions",
+    # runtime/zenflow/engine_stage3.py and zenflow_stage_1_and_2.py call step(step_id=...).
+    "zenflow": "it calls the optimizer with an argument that no AdamW takes",
+    # runtime/superoffload/superoffload_utils.py: another process has the moments.
+    "super_offload": "it keeps Adam's moments where no checkpoint finds them",
+    # runtime/zero/stage3.py, backup_optimizer: its learning rate is that of the start.
+    "ratio": "what stays on the device would not follow the schedule of the learning rate",
+}
+HARMLESS: Mapping[str, tuple[object, ...]] = {"ratio": (None, 1, 1.0)}
+
 # They change memory, and the planner's estimate does not follow. `reduce_bucket_size` is not among them.
 UNPRICED = frozenset(
     {
@@ -155,7 +168,6 @@ UNPRICED = frozenset(
         "zero_optimization.stage3_param_persistence_threshold",
         "zero_optimization.stage3_prefetch_bucket_size",
         "zero_optimization.sub_group_size",
-        "zero_optimization.zenflow",
         "zero_optimization.zero_hpz_partition_size",
         "zero_optimization.zero_quantized_gradients",
         "zero_optimization.zero_quantized_weights",

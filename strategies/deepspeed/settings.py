@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from strategies.engine_options import merge
@@ -50,14 +49,13 @@ def _experts(plan: Plan, model: ModelSpec) -> dict[str, Any]:
     return {"expert_parallel": section}
 
 
-def summed_parts(plan: Plan, config: Mapping[str, Any]) -> int:
+def summed_parts(plan: Plan) -> int:
     """Return of how many ranks' sequences DeepSpeed sums gradients where it should average them.
 
-    It divides by the data parallel ranks alone; only ZeRO-3 divides by all where it scatters (runtime/zero/stage3.py,
-    __avg_scatter_grads, unlike __avg_scatter_contiguous_grads).
+    It divides by the data parallel ranks alone; only ZeRO-3 divides by all, as it scatters (runtime/zero/stage3.py,
+    __avg_scatter_grads).
     """
-    zero = config["zero_optimization"]
-    return 1 if zero["stage"] == 3 and zero.get("reduce_scatter", True) else plan.cp
+    return 1 if plan.zero_stage == 3 else plan.cp
 
 
 def partition_words() -> dict[str, Any]:

@@ -47,6 +47,21 @@ def test_a_node_that_gets_no_job_does_not_count(state: str) -> None:
     assert not node.is_usable
 
 
+@pytest.mark.parametrize(
+    "state", ["IDLE", "MIXED", "IDLE+CLOUD+POWERED_DOWN", "IDLE+POWERING_DOWN", "ALLOCATED~"]
+)
+def test_a_node_that_slurm_would_start_counts(state: str) -> None:
+    (node,) = slurm.parse_nodes(f"NodeName=n State={state} Partitions=p")
+    assert node.is_usable
+
+
+@pytest.mark.parametrize("kind", ["gh200", "nvidia_gh200_120gb", "a100_3g.40gb", "a100"])
+def test_a_kind_that_no_preset_describes_is_asked_for(clusters: dict[str, Any], kind: str) -> None:
+    nodes = clusters["recorded_tree"]["nodes"].replace("h100", kind)
+    with pytest.raises(ClusterError, match=r"names no preset; set cluster\.preset"):
+        slurm.complete({}, told(clusters["recorded_tree"], nodes=nodes))
+
+
 def test_the_default_partition_is_found(clusters: dict[str, Any]) -> None:
     assert slurm.default_partition(clusters["recorded_tree"]["partitions"]) == "gpu"
     assert slurm.default_partition("PartitionName=a Default=NO") is None

@@ -30,10 +30,55 @@ ALLOWED: list[tuple[ModelSpec, dict[str, Any]]] = [
     *((MIXTURE, {"ep": 2, "zero_stage": stage}) for stage in range(4)),
     *((DENSE, {"pp": 2, "tp": 2, "zero_stage": stage}) for stage in range(2)),
     (DENSE, {"pp": 2, "pipeline_split": (3, 1), "recompute": "full"}),
+    (DENSE, {"pp": 2, "zero_stage": 1, "offload_optimizer": True}),
+    (replace(DENSE, tied_embeddings=True), {"pp": 2, "zero_stage": 1}),
+    (DENSE, {"zero_stage": 2, "engine": {"zero_optimization": {"round_robin_gradients": False}}}),
     (replace(DENSE, model_type="gpt2"), {"zero_stage": 3}),
 ]
 HPZ = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+
+
+def _zero(**keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": keys}
+
+
 REFUSED: list[tuple[ModelSpec, dict[str, Any], str]] = [
+    (
+        DENSE,
+        {"zero_stage": 3, "engine": _zero(zero_hpz_partition_size=0)},
+        "strategy.engine.zero_optimization.zero_hpz_partition_size=0 must be a number of ranks, at least 1; "
+        "1 turns it off",
+    ),
+    (
+        DENSE,
+        {"zero_stage": 3, "offload_parameters": True, "nvme_path": "/disk", "engine": HPZ},
+        "deepspeed cannot combine strategy.engine.zero_optimization.zero_hpz_partition_size=2 with "
+        "plan.offload_parameters=true on plan.nvme_path=/disk; use plan.nvme_path=null, or remove the key",
+    ),
+    (
+        DENSE,
+        {"zero_stage": 2, "engine": _zero(round_robin_gradients=True)},
+        "deepspeed cannot have round_robin_gradients=True in strategy.engine: checkpoints and exports would find other "
+        "tensors' values in its partitions; remove the key",
+    ),
+    (
+        DENSE,
+        {"zero_stage": 3, "offload_optimizer": True, "engine": _zero(offload_optimizer={"ratio": 0.5})},
+        "deepspeed cannot have ratio=0.5 in strategy.engine: what stays on the device would not follow the schedule of "
+        "the learning rate; remove the key",
+    ),
+    (
+        DENSE,
+        {"cp": 2, "zero_stage": 3, "engine": _zero(reduce_scatter=False)},
+        "deepspeed cannot combine strategy.engine.zero_optimization.reduce_scatter=false with plan.cp=2 "
+        "and plan.zero_stage=3; remove the key",
+    ),
+    (
+        replace(DENSE, tied_embeddings=True),
+        {"pp": 2, "zero_stage": 1, "offload_optimizer": True},
+        "deepspeed lets the two copies of tied embeddings drift apart with plan.pp=2, plan.offload_optimizer=true and "
+        "training.precision=bf16; use plan.offload_optimizer=false or plan.pp=1",
+    ),
     (
         DENSE,
         {"zero_stage": 2, "engine": HPZ},
