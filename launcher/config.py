@@ -99,7 +99,7 @@ class SuperviseConfig:
     step_timeout_s: float = 600.0  # the same in the loop
     # What may be changed when memory runs out, in this order; the global batch stays as it is.
     on_out_of_memory: tuple[MemoryRemedy, ...] = ()
-    # What may be changed when the loss is no number or leaps, in this order.
+    # What may be changed when loss or gradient norm are no number, or the loss leaps, in this order.
     on_bad_loss: tuple[LossRemedy, ...] = ()
     spike_factor: float | None = (
         None  # a loss above so many times the median of the last steps is bad; null: none is

@@ -11,7 +11,7 @@ LauncherError                 1   anything of ours without a narrower class
 ├── TrainingError             9   a worker failed while training: the cause is in the message
 │   ├── LostRankError        12   a rank or its host went away: a signal, a broken connection
 │   ├── HungError            13   ranks stood still, or a collective timed out
-│   └── BadLossError         14   the loss is no number, or leapt beyond supervise.spike_factor
+│   └── BadLossError         14   loss or gradient norm are no number, or the loss leapt beyond supervise.spike_factor
 ├── DeviceMemoryError        10   a rank ran out of device or host memory
 └── CheckFailed              11   a post-run check did not hold (loss fell, resume was exact)
 
@@ -93,7 +93,7 @@ class HungError(TrainingError):
 
 
 class BadLossError(TrainingError):
-    """The loss is no number, or leapt."""
+    """The loss or the gradient norm is no number, or the loss leapt."""
 
     exit_code = 14
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from launcher.monitor.tracing import Profiler, Tracing
 from launcher.monitor.writers import Writer
 from launcher.run_dir import RunDir
 from launcher.saver import Position, RandomState, Saver
-from strategies.base import Strategy
+from strategies.base import StepResult, Strategy
 from strategies.spec import Plan
 
 if TYPE_CHECKING:
@@ -150,14 +151,9 @@ class Trainer:
             self.process.beat("stepping" if self._step_times else "warming", self.step)
             result = self.strategy.train_step(batches, learning_rate=learning_rate)
             seconds = time.perf_counter() - started
+        self._tracing.after(self.step + 1)
+        self._check(result)
         self.step += 1
-        self._tracing.after(self.step)
-        fault = None if result.skipped else self._spikes.fault(result.loss)
-        if fault is not None:
-            raise BadLossError(
-                f"the loss of step {self.step} {fault}; the last checkpoint is kept, "
-                f"lower training.learning_rate={self.job.training.learning_rate} or look at the data"
-            )
         self.consumed_samples = loader.consumed_samples
         self._step_times.append(seconds)
         validation_loss = self._evaluate() if self._evaluation_due() else None
@@ -171,6 +167,20 @@ class Trainer:
             validation_loss=validation_loss,
             goodput=None if self._clock is None else self._clock.tick(seconds, now=time.time()),
         )
+
+    def _check(self, result: StepResult) -> None:
+        """Raise where a step spoiled the weights, before a checkpoint or a beat takes it for completed."""
+        if result.skipped:
+            return
+        subject, fault = "loss", self._spikes.fault(result.loss)
+        if fault is None and not math.isfinite(result.grad_norm):
+            # The loss was computed before the update, which has ruined the weights.
+            subject, fault = "gradient norm", f"is {result.grad_norm}"
+        if fault is not None:
+            raise BadLossError(
+                f"the {subject} of step {self.step + 1} {fault}; the last checkpoint is kept, "
+                f"lower training.learning_rate={self.job.training.learning_rate} or look at the data"
+            )
 
     def _observer(self) -> Observer:
         setting = Setting(

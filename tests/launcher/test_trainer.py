@@ -261,6 +261,20 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_checkpoints(
     assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000004"]
 
 
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_so_does_a_gradient_norm_that_is_no_number(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, norm: float
+) -> None:
+    trainer = make(checkpoint=CheckpointPolicy(interval=2, keep_last=5))
+    spoil(trainer, monkeypatch, grad_norm=norm)
+    with pytest.raises(BadLossError, match=f"gradient norm of step 6 is {norm}"):
+        trainer.train()
+    assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000004", "step_0000000002"]
+    skipping = make()
+    spoil(skipping, monkeypatch, grad_norm=norm, skipped=True)
+    assert skipping.train() == "finished"
+
+
 def test_a_loss_that_leaps_stops_as_well_where_a_rule_says_so(
     make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,13 +287,13 @@ def test_a_loss_that_leaps_stops_as_well_where_a_rule_says_so(
         trainer.train()
 
 
-def spoil(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, *, loss: float) -> None:
-    """Let step 6 report this loss."""
+def spoil(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
+    """Let step 6 report this."""
     whole = trainer.strategy.train_step
 
     def spoiled(batches: Any, *, learning_rate: float) -> StepResult:
         result = whole(batches, learning_rate=learning_rate)
-        return replace(result, loss=loss) if trainer.step == 5 else result
+        return replace(result, **reported) if trainer.step == 5 else result
 
     monkeypatch.setattr(trainer.strategy, "train_step", spoiled)
 
