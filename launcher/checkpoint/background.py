@@ -50,4 +50,6 @@ class Background:
             self._failure = error
         except BaseException as error:
             # A peer that died takes the group down: whoever waits for this save hears why.
-            self._failure = CheckpointError(f"the checkpoint under way was not finished: {error}")
+            self._failure = CheckpointError(
+                f"the checkpoint under way was not finished: {type(error).__name__}: {error}"
+            )

@@ -85,15 +85,23 @@ def failure(step: int, tiers: Tiers, error: BaseException) -> CheckpointError:
     """One sentence for whatever an engine or a disk said."""
     if isinstance(error, CheckpointError):
         return error
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # torch's CheckpointException carries the tracebacks of other ranks; the reason is what they end with.
-    reason = lines[-1] if any("Traceback" in line for line in lines) else lines[0]
-    if "unexpected pos" in reason:  # what torch's zip writer makes of a short write (inline_container.cc)
-        reason = f"No space left on device, or no room under a limit on file sizes (torch: {reason})"
     return CheckpointError(
-        f"checkpoint of step {step} could not be written under {tiers.first.root}: {reason}; "
-        "free space or make it writable, then resume from the one before"
+        f"checkpoint of step {step} could not be written under {tiers.first.root}: {_reason(error)}; "
+        "mend that (where the disk is full, free space), then resume from the one before"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """One line: of what type the fault was, unless it is the disk's own, and what it says."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    if any("Traceback" in line for line in lines):
+        # torch's CheckpointException carries the tracebacks of other ranks; the reason is what they end with.
+        return lines[-1]
+    if "unexpected pos" in lines[0]:  # what torch's zip writer makes of a short write (inline_container.cc)
+        return f"No space left on device, or no room under a limit on file sizes (torch: {lines[0]})"
+    return lines[0] if isinstance(error, OSError) else f"{type(error).__name__}: {lines[0]}"
 
 
 def assigned(seen: Sequence[Sequence[str]], *, rank: int) -> list[str]:

@@ -36,10 +36,17 @@ _LOST_PEER = re.compile(
     r"Connection (reset|closed) by peer|connectFullMesh|Broken pipe|remote process exited|NCCL remote error"
 )
 _TIMED_OUT = re.compile(r"Timed out waiting|collective operation timeout|Watchdog caught", re.IGNORECASE)
-# What engines make of a full disk does not always say so, but our own sentence around it does.
-_FULL_DISK = re.compile(
-    r"No space left on device|Disk quota exceeded|File too large|could not be written|could not write checkpoint"
+_FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+# Our own sentences around whatever ended a save, and what it may be besides a disk that has no room.
+_SAVE = re.compile(
+    r"could not be written|could not write checkpoint|checkpoint under way was not finished", re.IGNORECASE
 )
+_UNWRITABLE = re.compile(r"Permission denied|Read-only file system")
+_NO_MEMORY = re.compile(
+    r"out of memory|\bMemoryError\b|DefaultCPUAllocator: (can't|not enough)|Cannot allocate memory",
+    re.IGNORECASE,
+)
+_TYPE = re.compile(r"\b[A-Z]\w*Error\b")
 # torchrun's summary of a failed rank, the only place that knows a death by signal.
 _TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
 # Exceptions of a program that is wrong: the next start would raise them again.
@@ -132,12 +139,15 @@ def _lost_a_peer(record: dict[str, Any]) -> bool:
 
 
 def _from_record(record: dict[str, Any]) -> Failure:
-    kind = BY_EXIT_CODE.get(record["exit_code"], LauncherError)
+    kind, text = BY_EXIT_CODE.get(record["exit_code"], LauncherError), record["message"]
+    cause: Cause | None = None
+    if kind is CheckpointError and _SAVE.search(text):
+        cause, kind = _of_save(text)
+    elif _FULL_DISK.search(text):
+        cause = "storage_full"
     if kind is LauncherError:
         kind, text = _kind_of_foreign(record), _sentence(record)
-    else:
-        text = record["message"]
-    cause: Cause = "storage_full" if _FULL_DISK.search(record["message"]) else _CAUSES.get(kind, "user_error")
+    cause = cause or _CAUSES.get(kind, "user_error")
     if kind is HungError:
         cause = "collective_timeout"
     if kind is TrainingError and _is_mistake(record["type"]):
@@ -145,6 +155,20 @@ def _from_record(record: dict[str, Any]) -> Failure:
     return Failure(
         cause=cause, error=kind(text), rank=record["rank"], host=record["host"], frame=record["frame"]
     )
+
+
+def _of_save(text: str) -> tuple[Cause, type[LauncherError]]:
+    """What a save died of: most faults of training may strike in one as well."""
+    if _FULL_DISK.search(text) or _UNWRITABLE.search(text):
+        return "storage_full", CheckpointError
+    if _NO_MEMORY.search(text):
+        return "out_of_memory", DeviceMemoryError
+    if _LOST_PEER.search(text):
+        return "lost_rank", LostRankError
+    if _TIMED_OUT.search(text):
+        return "collective_timeout", HungError
+    mistaken = any(_is_mistake(name) for name in _TYPE.findall(text))
+    return ("user_error" if mistaken else "unknown"), CheckpointError
 
 
 def _kind_of_foreign(record: dict[str, Any]) -> type[LauncherError]:

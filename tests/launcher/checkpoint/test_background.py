@@ -39,4 +39,4 @@ def test_a_failure_is_told_once() -> None:
 def test_whatever_goes_wrong_becomes_a_sentence() -> None:
     background = Background()
     background.start(lambda: [][0])
-    assert "was not finished: list index out of range" in str(background.wait())
+    assert "was not finished: IndexError: list index out of range" in str(background.wait())

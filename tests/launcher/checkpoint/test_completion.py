@@ -101,7 +101,9 @@ def test_the_reason_is_what_tracebacks_of_other_ranks_end_with(tmp_path: Path) -
     tiers = Tiers(shared=CheckpointStore(tmp_path, keep_last=2))
     text = "CheckpointException ranks:dict_keys([0])\nTraceback (most recent call last):\n  x\n"
     text += "OSError: [Errno 27] File too large\n"
-    assert ": first;" in str(failure(3, tiers, RuntimeError("first\nsecond")))
+    assert ": RuntimeError: first;" in str(failure(3, tiers, RuntimeError("first\nsecond")))
+    assert ": KeyError: 'weight';" in str(failure(3, tiers, KeyError("weight")))
+    assert ": [Errno 5] Input/output error;" in str(failure(3, tiers, OSError(5, "Input/output error")))
     assert "OSError: [Errno 27] File too large;" in str(failure(3, tiers, RuntimeError(text)))
     short = "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
     assert f"No space left on device, or no room under a limit on file sizes (torch: {short});" in str(

@@ -81,7 +81,7 @@ def test_a_foreign_exception_names_rank_host_frame_and_traceback(run: RunDir) ->
             {
                 "type": "CheckpointError",
                 "exit_code": 6,
-                "message": "checkpoint of step 5 could not be written: [1]",
+                "message": "could not write checkpoint step 5 under /runs: Read-only file system",
             },
             "storage_full",
             errors.CheckpointError,
@@ -105,6 +105,37 @@ def test_each_end_has_its_cause_and_its_exit_code(
     died(run, **fields)
     found = explained(run)
     assert (found.cause, type(found.error)) == (cause, kind)
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause", "kind"),
+    [
+        ("[Errno 28] No space left on device", "storage_full", errors.CheckpointError),
+        ("OutOfMemoryError: CUDA out of memory. Tried", "out_of_memory", errors.DeviceMemoryError),
+        ("MemoryError", "out_of_memory", errors.DeviceMemoryError),
+        ("RuntimeError: Connection reset by peer", "lost_rank", errors.LostRankError),
+        ("RuntimeError: Timed out waiting 7200000ms", "collective_timeout", errors.HungError),
+        ("RuntimeError: CUDA error: uncorrectable ECC error", "unknown", errors.CheckpointError),
+        ("DistBackendError: NCCL error in: x.cpp:1", "unknown", errors.CheckpointError),
+        ("[Errno 5] Input/output error", "unknown", errors.CheckpointError),
+        ("[Errno 116] Stale file handle", "unknown", errors.CheckpointError),
+        ("KeyError: 'weight'", "user_error", errors.CheckpointError),
+    ],
+)
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "checkpoint of step 5 could not be written under /r: {}; x",
+        "the checkpoint under way was not finished: {}",
+    ],
+)
+def test_a_save_may_die_of_more_than_a_full_disk(
+    run: RunDir, sentence: str, reason: str, cause: str, kind: type[errors.LauncherError]
+) -> None:
+    died(run, type="CheckpointError", exit_code=6, message=sentence.format(reason))
+    found = explained(run)
+    assert (found.cause, type(found.error)) == (cause, kind)
+    assert reason in str(found.error)
 
 
 def test_our_own_sentence_stays_as_it_is(run: RunDir) -> None:
