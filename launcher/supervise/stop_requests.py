@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +15,9 @@ from launcher.errors import FINISHED, HUNG_UP, INTERRUPTED, TERMINATED
 from launcher.run_dir import RunDir
 
 EXIT_CODES = {signal.SIGHUP: HUNG_UP, signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
+_ANNOUNCEMENT = b"meshwright: stopping after this step with a checkpoint; once more to end at once\n"
 _SLICE_S = 0.2
+_STDERR = 2
 
 
 @dataclass
@@ -33,11 +34,12 @@ class StopRequests:
         self.count += 1
         self.received = self.received or signal.Signals(number)
         if self.count == 1 and not self.exporting:
-            self.run.stop_file.touch()
-            print(
-                "meshwright: stopping after this step with a checkpoint; once more to end at once",
-                file=sys.stderr,
-            )
+            # Whatever is raised here would come up wherever the launcher is at this moment and end it; print may,
+            # where the terminal went away or another print was interrupted.
+            with suppress(OSError):
+                self.run.stop_file.touch()
+            with suppress(OSError):
+                os.write(_STDERR, _ANNOUNCEMENT)
         elif self.process is not None:
             # torchrun passes SIGTERM on to its ranks; the third request does not ask anybody.
             with suppress(ProcessLookupError):
@@ -61,8 +63,9 @@ class StopRequests:
 
 @contextmanager
 def handling(requests: StopRequests) -> Iterator[None]:
-    """Let the signals go to `requests` inside."""
-    before = {number: signal.signal(number, requests) for number in EXIT_CODES}
+    """Let the signals go to `requests` inside, but for those that we were told to ignore (nohup, a job behind `&`)."""
+    heard = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, requests) for number in heard}
     try:
         yield
     finally:

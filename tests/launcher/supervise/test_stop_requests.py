@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -59,3 +60,31 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
         signal.raise_signal(signal.SIGHUP)
     assert signal.getsignal(signal.SIGTERM) is before
     assert requests.exit_code == 129
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    requests = StopRequests(run=RunDir(path=tmp_path))
+    try:
+        with handling(requests):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert requests.received is None
+
+
+def test_a_request_is_heard_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """The terminal went away, and so did the folder."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+    os.dup2(writer, 2)
+    requests = StopRequests(run=RunDir(path=tmp_path / "gone"))
+    try:
+        requests(signal.SIGTERM, None)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(writer)
+    assert (requests.received, requests.count) == (signal.SIGTERM, 1)
