@@ -114,6 +114,11 @@ class RunDir:
         """Touch it, and the run leaves with a checkpoint after the current step."""
         return self.path / "stop"
 
+    @property
+    def leave_file(self) -> Path:
+        """The launcher's own way to ask for the same: it starts the run again, so nobody has asked for an end."""
+        return self.path / "leave"
+
     def job(self) -> Job:
         """Decode config.yaml."""
         return decode(Job, _read(self.config_file, yaml.safe_load))

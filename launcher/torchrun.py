@@ -19,7 +19,8 @@ def started_us() -> bool:
 def take_over(run: RunDir) -> None:
     """Do for a start by torchrun what the supervisor does for ours; the worker we become inherits the lock."""
     run_dir.lock(run)
-    run.stop_file.unlink(missing_ok=True)
+    for file in (run.stop_file, run.leave_file):
+        file.unlink(missing_ok=True)
 
 
 def become_worker(arguments: Sequence[str]) -> NoReturn:

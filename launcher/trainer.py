@@ -215,10 +215,11 @@ class Trainer:
         stop_at = self.job.stop_at_step
         if stop_at is not None and first_step < stop_at <= self.step:
             return True
-        asked = self.ranks.rank == 0 and (
-            self.run.stop_file.exists() or self.process.is_abandoned() or self._saver.has_failed
-        )
-        return self.ranks.any(asked)
+        return self.ranks.any(self.ranks.rank == 0 and self._is_asked_to_leave())
+
+    def _is_asked_to_leave(self) -> bool:
+        files = (self.run.stop_file, self.run.leave_file)
+        return any(f.exists() for f in files) or self.process.is_abandoned() or self._saver.has_failed
 
     # ---- helpers -----------------------------------------------------------------------------------------------
 

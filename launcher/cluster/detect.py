@@ -202,7 +202,7 @@ def _unknown_gpu(gpu: DetectedGpu) -> dict[str, Any]:
 
 
 def _query_nvml() -> list[DetectedGpu] | None:
-    """All GPUs by NVML; None when its bindings or the driver are absent."""
+    """All GPUs that answer NVML; None when its bindings or the driver are absent, or none does."""
     try:
         import pynvml
     except ImportError:
@@ -212,23 +212,28 @@ def _query_nvml() -> list[DetectedGpu] | None:
     except pynvml.NVMLError:
         return None
     try:
-        return [_read_nvml(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = [_read_nvml(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [gpu for gpu in found if gpu is not None] or None
     except pynvml.NVMLError:
         return None
     finally:
         pynvml.nvmlShutdown()
 
 
-def _read_nvml(pynvml: Any, index: int) -> DetectedGpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    return DetectedGpu(
-        index=index,
-        uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
-        name=_text(pynvml.nvmlDeviceGetName(handle)),
-        memory_gib=(memory.total - memory.reserved) / GIB,  # the driver keeps `reserved` for itself
-        has_bf16=pynvml.nvmlDeviceGetCudaComputeCapability(handle) >= (8, 0),
-    )
+def _read_nvml(pynvml: Any, index: int) -> DetectedGpu | None:
+    """One GPU; None where it does not answer: it is lost to this host until somebody resets it."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        return DetectedGpu(
+            index=index,
+            uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
+            name=_text(pynvml.nvmlDeviceGetName(handle)),
+            memory_gib=(memory.total - memory.reserved) / GIB,  # the driver keeps `reserved` for itself
+            has_bf16=pynvml.nvmlDeviceGetCudaComputeCapability(handle) >= (8, 0),
+        )
+    except pynvml.NVMLError:
+        return None
 
 
 def _text(value: str | bytes) -> str:

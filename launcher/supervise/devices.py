@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
+from launcher.errors import LauncherError
 from launcher.output import print_line
 from launcher.run_dir import RunDir
 from launcher.supervise import health, remedy
@@ -24,8 +26,7 @@ class Devices:
 
     def prepare(self) -> bool:
         """Return True once the frozen plan, perhaps another than before, can run; False when somebody stops the run."""
-        if self.are_back:
-            self.run.stop_file.unlink(missing_ok=True)
+        self.run.leave_file.unlink(missing_ok=True)  # also of a launcher that was killed
         self.are_back = False
         interval, paused = self.run.job().supervise.health_interval_s, False
         while not self.requests.asked():
@@ -41,14 +42,16 @@ class Devices:
 
     def look(self) -> None:
         """Ask now and then while devices are missing, and have the workers leave when they are back."""
-        if not self._missing or self.run.stop_file.exists():
+        if not self._missing or self.are_back or self.requests.asked():
             return
         if time.monotonic() - self._asked < self.run.job().supervise.health_interval_s:
             return
-        found = self._count()
-        if found is not None and found >= remedy.whole(self.run).devices:
-            self.are_back = True
-            self.run.stop_file.touch()  # a checkpoint, and then all ranks
+        # The workers are well: no answer about devices is a reason to leave them.
+        with suppress(LauncherError, OSError):
+            found = self._count()
+            if found is not None and found >= remedy.whole(self.run).devices:
+                self.run.leave_file.touch()  # a checkpoint, and then all ranks
+                self.are_back = True
 
     def _planned(self) -> int:
         return self.run.job().cluster.gpus_per_node

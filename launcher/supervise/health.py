@@ -7,7 +7,7 @@ import subprocess
 
 from launcher.cluster import detect
 from launcher.config import Job
-from launcher.errors import ConfigError
+from launcher.errors import ClusterError, ConfigError
 
 _PATIENCE_S = 60.0
 
@@ -17,7 +17,12 @@ def devices(job: Job) -> int | None:
     command = job.supervise.health_command
     if command is not None:
         return _ask(command, planned=job.cluster.gpus_per_node)
-    return len(detect.probe().gpus) if job.cluster.gpu.device == "cuda" else None
+    if job.cluster.gpu.device != "cuda":
+        return None
+    try:
+        return len(detect.probe().gpus)
+    except ClusterError:  # CUDA_VISIBLE_DEVICES names only devices that are lost
+        return 0
 
 
 def _ask(command: str, *, planned: int) -> int:

@@ -23,8 +23,9 @@ def test_torchrun_is_known_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> N
 def test_taking_over_locks_the_run_and_forgets_a_stop(tmp_path: Path) -> None:
     run = RunDir(path=tmp_path)
     run.stop_file.touch()
+    run.leave_file.touch()
     torchrun.take_over(run)
-    assert not run.stop_file.exists()
+    assert not run.stop_file.exists() and not run.leave_file.exists()
     with pytest.raises(RunDirError, match="in use"):
         run_dir.lock(run)
 

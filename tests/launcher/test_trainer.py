@@ -180,9 +180,10 @@ def test_a_resumed_run_repeats_the_losses_exactly(make: Callable[..., Trainer]) 
     assert losses(resumed) == {step: loss for step, loss in losses(whole).items() if step > 4}
 
 
-def test_a_stop_file_ends_the_run_with_a_checkpoint(make: Callable[..., Trainer]) -> None:
+@pytest.mark.parametrize("name", ["stop_file", "leave_file"])
+def test_a_stop_file_ends_the_run_with_a_checkpoint(make: Callable[..., Trainer], name: str) -> None:
     trainer = make()
-    trainer.run.stop_file.touch()
+    getattr(trainer.run, name).touch()
     assert trainer.train() == "stopped"
     assert trainer.step == 1
     assert [path.name for path in trainer._saver.tiers.committed()] == ["step_0000000001"]

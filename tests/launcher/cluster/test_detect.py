@@ -200,6 +200,18 @@ def test_nvml_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu == DetectedGpu(index=0, uuid="GPU-1", name="NVIDIA H100 80GB HBM3", memory_gib=79.0)
 
 
+def test_a_lost_gpu_is_left_out_and_the_others_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def handle(index: int) -> int:
+        if index == 1:
+            raise NVMLError
+        return index
+
+    machine = bindings(nvmlDeviceGetCount=lambda: 4, nvmlDeviceGetHandleByIndex=handle)
+    monkeypatch.setitem(sys.modules, "pynvml", machine)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.index for gpu in detect.probe().gpus] == [0, 2, 3]
+
+
 def test_nvidia_smi_is_asked_where_nvml_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho '0, GPU-aa, NVIDIA H200, 143771, 9.0'\n")

@@ -60,13 +60,14 @@ def test_fewer_ranks_go_on_and_leave_when_the_devices_are_back(
     assert names(run) == ["created", "replanned"]
     watcher._asked = 0
     watcher.look()
-    assert not run.stop_file.exists()
+    assert not run.leave_file.exists()
     sound.write_text("4")
     watcher._asked = 0
     watcher.look()
-    assert run.stop_file.exists() and watcher.are_back
+    assert run.leave_file.exists() and watcher.are_back
+    assert not watcher.requests.asked(), "only a person asks for an end"
     assert watcher.prepare()
-    assert not run.stop_file.exists() and not watcher.are_back
+    assert not run.leave_file.exists() and not watcher.are_back
     assert run.plan() == before
     assert run.job().cluster.gpus_per_node == 4
 
@@ -80,6 +81,36 @@ def test_a_whole_run_is_not_asked_about(frozen: Frozen, sound: Path) -> None:
     watcher._asked = 0
     watcher.look()  # would fail to find the file, and take the devices for lost
     assert watcher._asked == 0
+
+
+def test_who_asks_for_an_end_meanwhile_is_heard(frozen: Frozen, sound: Path) -> None:
+    sound.write_text("2")
+    run = frozen(*ACCELERATE, f"supervise.health_command='cat {sound}'")
+    watcher = devices(run)
+    assert watcher.prepare()
+    sound.write_text("4")
+    watcher._asked = 0
+    watcher.look()
+    run.stop_file.touch()
+    assert watcher.are_back
+    assert not watcher.prepare()
+    assert run.plan().world_size == 2
+
+
+def test_a_command_that_fails_meanwhile_leaves_the_workers_alone(
+    frozen: Frozen, sound: Path, tmp_path: Path
+) -> None:
+    sound.write_text("2")
+    command = tmp_path / "health"
+    command.write_text(f"#!/bin/sh\ncat {sound}\n")
+    command.chmod(0o755)
+    run = frozen(*ACCELERATE, f"supervise.health_command={command}")
+    watcher = devices(run)
+    assert watcher.prepare()
+    command.unlink()
+    watcher._asked = 0
+    watcher.look()
+    assert watcher._asked > 0 and not watcher.are_back
 
 
 def test_an_engine_that_cannot_reshard_waits(frozen: Frozen, sound: Path) -> None:

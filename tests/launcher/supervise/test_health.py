@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from launcher.cluster import detect
+from launcher.cluster.detect import DetectedGpu
 from launcher.config import Job, SuperviseConfig
 from launcher.errors import ConfigError
 from launcher.supervise import health
@@ -53,3 +55,16 @@ def test_a_command_that_never_answers_speaks_for_no_device(
 
 def test_processors_are_always_there(small_job: Job) -> None:
     assert health.devices(small_job) is None
+
+
+def test_hidden_from_all_but_a_lost_device_there_is_none(
+    small_job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = DetectedGpu(index=0, uuid="GPU-1", name="NVIDIA H100 80GB HBM3", memory_gib=79.0)
+    monkeypatch.setattr(detect, "_query_nvml", lambda: [left])
+    on_device = replace(small_job.cluster, gpu=replace(small_job.cluster.gpu, device="cuda"))
+    job = replace(small_job, cluster=on_device)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert health.devices(job) == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert health.devices(job) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,3 +140,21 @@ def test_handlers_and_lock_are_given_back(frozen: Frozen, worker: Stand) -> None
     for _ in range(2):
         assert run_workers(run, quiet_stdout=True) == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_failure_while_leaving_for_returned_devices_is_followed_by_a_start(
+    frozen: Frozen, worker: Stand, tmp_path: Path
+) -> None:
+    sound = tmp_path / "sound"
+    sound.write_text("2")
+    run = frozen(
+        *("strategy=accelerate", "cluster.gpus_per_node=4", "supervise.elastic=true"),
+        f"supervise.health_command='cat {sound}'",
+    )
+    worker(
+        f"sound = Path({str(sound)!r})\nif start == 1:\n    sound.write_text('4')\n"
+        f"    while not run.leave_file.exists(): time.sleep(0.05)\n    {DIE}"
+        "assert run.plan().world_size == 4 and not run.leave_file.exists()\n"
+    )
+    assert run_workers(run, quiet_stdout=True) == 0
+    assert len(events(run, "restarting")) == 1
