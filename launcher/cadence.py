@@ -54,9 +54,13 @@ class Cadence:
         """Tell whether to save after this step."""
         return self._steps > 0 and step % self._steps == 0
 
-    def measured(self, *, save_s: float, step_s: float) -> None:
-        """Take what the first save cost: the interval follows it once, and the expected goodput is said."""
-        if self._measured:
+    def measured(self, *, save_s: float | None, step_s: float) -> None:
+        """Take what the first save cost: the interval follows it once, and the expected goodput is said.
+
+        `save_s` None: this one does not tell what those to come will cost.
+        """
+        save_s = None if self._measured else self.ranks.broadcast(save_s)
+        if save_s is None:
             return
         self._measured = True
         mttf_s = interval.mttf_s(self.job.checkpoint.mttf_hours, self.job.cluster)

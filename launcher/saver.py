@@ -117,10 +117,11 @@ class Saver:
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, position: Position, *, last: bool) -> float:
+    def save(self, position: Position, *, last: bool) -> float | None:
         """Save, after waiting for the save before; return the seconds that training stood still.
 
-        The last save of a run is waited for, and its failure is always a fault.
+        The last save of a run is waited for, and its failure is always a fault. None where those seconds tell nothing
+        about saves to come: this one failed, or was waited for where they are not.
         """
         started = time.perf_counter()
         self.settle()
@@ -130,21 +131,26 @@ class Saver:
             write = self._copy(self._begin(position.step), snapshot=beside and self._takes_snapshots())
         except CheckpointError as error:
             self._give_up(error, last=last, stall_s=time.perf_counter() - started)
-            return time.perf_counter() - started
+            return None
         work = partial(self._complete, self._manifest(position), write, started=started)
         if beside:
             self._background.start(partial(work, stall_s=time.perf_counter() - started))
         else:
             self._background.start(work)
-            self.settle(last=last)
+            if not self.settle(last=last) or self._policy.asynchronous:
+                return None
         return time.perf_counter() - started
 
-    def settle(self, *, last: bool = False) -> None:
-        """Wait for the save under way, if there is one, and act on its failure as `checkpoint.on_failed_save` says."""
+    def settle(self, *, last: bool = False) -> bool:
+        """Wait for the save under way, if there is one; tell whether all is well.
+
+        On a failure do as `checkpoint.on_failed_save` says.
+        """
         started = time.perf_counter()
         failed = self._background.wait()
         if failed is not None:
             self._give_up(failed, last=last, stall_s=time.perf_counter() - started)
+        return failed is None
 
     def leave(self) -> None:
         """Give the save under way what is left of the grace time, on the way out after a fault."""

@@ -36,6 +36,7 @@ def test_a_number_is_kept_to(tmp_path: Path, tiny_model: ModelSpec) -> None:
     found = cadence(tmp_path / "run", tiny_model, interval=7)
     assert steps_of(found) == [7, 14, 21]
     found.measured(save_s=100.0, step_s=0.1)
+    found.measured(save_s=None, step_s=0.1)
     assert steps_of(found) == [7, 14, 21]
     assert list(found.run.events()) == []
     assert steps_of(cadence(tmp_path / "run", tiny_model, interval=0)) == []
@@ -47,6 +48,8 @@ def test_auto_follows_the_first_save_once_and_stays_over_restarts(
     with caplog.at_level("INFO"):
         first = cadence(tmp_path / "run", tiny_model, interval="auto", mttf_hours=1.0)
         predicted = steps_of(first)
+        first.measured(save_s=None, step_s=1.0)  # it failed
+        assert steps_of(first) == predicted
         first.measured(save_s=2.0, step_s=1.0)
         chosen = steps_of(first)
         first.measured(save_s=50.0, step_s=1.0)

@@ -130,7 +130,8 @@ def test_a_save_waits_for_the_one_before(make: Callable[..., Saver]) -> None:
     saver = make(strategy, keep_last=5)
     saver.save(at(1), last=False)
     threading.Timer(0.2, strategy.may_write.set).start()
-    assert saver.save(at(2), last=False) >= 0.1
+    waited_s = saver.save(at(2), last=False)
+    assert waited_s is not None and waited_s >= 0.1
     assert [path.name[-1] for path in saver.tiers.committed()][-1:] == ["1"]
     saver.settle()
     assert [path.name[-1] for path in saver.tiers.committed()] == ["2", "1"]
@@ -232,6 +233,17 @@ def test_or_training_goes_on_but_not_past_the_last_one(
     with pytest.raises(CheckpointError, match="step 3"):
         saver.save(at(3), last=True)
     assert make().restore() == at(2)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_only_a_save_like_those_to_come_is_measured(make: Callable[..., Saver], asynchronous: bool) -> None:
+    strategy = failing()
+    saver = make(strategy, asynchronous=asynchronous, on_failed_save="continue")
+    if not asynchronous:  # beside the training it has not failed yet
+        assert saver.save(at(1), last=False) is None
+    strategy.full = False
+    assert saver.save(at(2), last=False) is not None
+    assert (saver.save(at(3), last=True) is None) == asynchronous
 
 
 def test_a_save_longer_than_the_grace_time_is_said(
