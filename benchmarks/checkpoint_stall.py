@@ -148,7 +148,9 @@ def _step(trainer: Trainer, loader: BatchLoader) -> StepMetrics:
 def _save(trainer: Trainer, *, last: bool) -> float:
     trainer.ranks.barrier()
     position = Position(step=trainer.step, consumed_samples=trainer.consumed_samples)
-    return trainer._saver.save(position, last=last)
+    started = time.perf_counter()
+    trainer._saver.save(position, last=last)
+    return time.perf_counter() - started
 
 
 def _call(command: Sequence[str], *, num_ranks: int = 1) -> None:
