@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from launcher import goodput
 from launcher.checkpoint.background import Background
 from launcher.checkpoint.completion import Completion, failure
 from launcher.checkpoint.manifest import FORMAT, Manifest, check_belongs
 from launcher.checkpoint.verification import attempt, latest_good
+from launcher.cluster import detect
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.errors import CheckpointError
@@ -65,6 +64,7 @@ class Saver:
     _under_way: int | None = None  # step
     _peers: Ranks | None = None
     _snapshots: bool | None = None  # None: not asked yet
+    _restored: Path | None = None  # the checkpoint that this start goes on from
     _last_seconds: float = 0.0  # from the copy to the commit
 
     def __post_init__(self) -> None:
@@ -81,17 +81,27 @@ class Saver:
         found = latest_good(self.ranks, self.tiers, logger.warning, belongs=belongs)
         if found is None:
             self._check_nothing_lost()
-            self._log_lost(step=0)
             return Position()
         path, manifest = found
         belongs(manifest)
         self.strategy.load(path / "engine")
         self._restore_random_state(path)
-        self._log_lost(step=manifest.step)
+        self._restored = path
         if self.ranks.rank == 0:
             logger.info("resumed from %s at step %d", path, manifest.step)
-            self.run.log_event("resumed", step=manifest.step, checkpoint=path.name, tier=self._tier(path))
         return Position(step=manifest.step, consumed_samples=manifest.consumed_samples)
+
+    def log_restored(self, *, step: int) -> None:
+        """Rank 0, where training begins at `step`: record what it has to repeat, and what it goes on from.
+
+        An export restores as well and repeats nothing. The later steps still have to be in metrics.jsonl.
+        """
+        again = goodput.lost(read(self.run.metrics_file), step=step)
+        if again is not None:
+            self.run.log_event("lost", **again)
+        if self._restored is not None:
+            tier = self._tier(self._restored)
+            self.run.log_event("resumed", step=step, checkpoint=self._restored.name, tier=tier)
 
     def _tier(self, path: Path) -> str:
         return "shared" if path.parent == self.tiers.shared.root else "fast"
@@ -104,11 +114,6 @@ class Saver:
                 f"none of the {found} checkpoints in {self.run.checkpoints} is good; "
                 f"see {self.run.logs} for each reason, or start in a new run directory"
             )
-
-    def _log_lost(self, *, step: int) -> None:
-        again = goodput.lost(read(self.run.metrics_file), step=step) if self.ranks.rank == 0 else None
-        if again is not None:
-            self.run.log_event("lost", **again)
 
     def _restore_random_state(self, path: Path) -> None:
         state_file = path / "rng" / f"rank_{self.ranks.rank:05d}.json"
@@ -175,7 +180,11 @@ class Saver:
     def _begin(self, step: int) -> Path:
         """Have the folder on every node; raise the same error on every rank."""
         first = self.tiers.first
-        sentence = attempt(lambda: first.begin(step))[1] if self.ranks.rank == 0 else None
+        sentence = None
+        if self.ranks.rank == 0:
+            sentence = attempt(lambda: first.begin(step))[1]
+        elif first is not self.tiers.shared and self.ranks.local_rank == 0:
+            first.discard(step)  # what a killed start left on this node's own disk
         found = self.ranks.gather(sentence)
         if not any(found):
             found = self.ranks.gather(attempt(lambda: first.join(step))[1])
@@ -213,7 +222,7 @@ class Saver:
         if self._snapshots is None:
             needed = self.strategy.snapshot_bytes()
             # All ranks of this host copy at once. Two tenths stay free: the engine's own loads and gathers.
-            free = psutil.virtual_memory().available
+            free = detect.free_memory_bytes()
             short = needed * self.job.cluster.gpus_per_node > 0.8 * free
             lacking = self.ranks.any(short)
             self._snapshots = self.ranks.any(needed > 0) and not lacking

@@ -93,6 +93,10 @@ class Trainer:
         position = self._saver.restore()
         self.step, self.consumed_samples = position.step, position.consumed_samples
 
+    def log_restored(self) -> None:
+        """Rank 0, where training begins: record what this start goes on from."""
+        self._saver.log_restored(step=self.step)
+
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def train(self) -> str:
@@ -105,6 +109,7 @@ class Trainer:
             self.process.beat("saving", self.step)
             self._saver.settle(last=True)
         except BaseException:
+            self.process.beat("saving", self.step)  # waiting is no hang
             self._saver.leave()
             raise
         state = "finished" if self.step >= self.job.training.num_steps else "stopped"

@@ -177,6 +177,7 @@ def _export(trainer: Trainer, directory: Path) -> None:
 def _train(trainer: Trainer, run: RunDir, job: Job, ranks: Ranks) -> None:
     by_host = dict(ranks.gather((socket.gethostname(), nccl.look(os.environ))))
     if ranks.rank == 0:
+        trainer.log_restored()
         run.log_event("started", step=trainer.step, hosts=sorted(by_host))
         for sentence in nccl.differences(by_host):
             logger.warning("%s", sentence)

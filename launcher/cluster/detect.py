@@ -93,7 +93,7 @@ def probe() -> Machine:
     return Machine(
         gpus=tuple(visible),
         num_cores=count_cores(),
-        memory_gib=_free_memory_bytes() / GIB,
+        memory_gib=free_memory_bytes() / GIB,
         matrix=query_matrix() if len(gpus) == len(visible) > 1 else None,
     )
 
@@ -290,8 +290,8 @@ def count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _free_memory_bytes() -> float:
-    """Free host memory, the container's limit respected (cgroup v2)."""
+def free_memory_bytes() -> float:
+    """Return the free host memory, the container's limit respected (cgroup v2)."""
     free = float(psutil.virtual_memory().available)
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()

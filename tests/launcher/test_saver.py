@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 
 from launcher.checkpoint import CheckpointPolicy
+from launcher.cluster import detect
 from launcher.errors import CheckpointError
 from launcher.run_dir import RunDir
 from launcher.saver import Position, RandomState, Saver
@@ -26,7 +26,7 @@ PLAN = Plan(strategy="fake", dp=1, precision="fp32")
 class Alone:
     """One rank, without torch."""
 
-    rank, world_size = 0, 1
+    rank, world_size, local_rank = 0, 1, 0
 
     def any(self, flag: bool) -> bool:
         return flag
@@ -170,10 +170,10 @@ def test_how_it_saves_is_said_once(
 
 
 def test_a_copy_that_does_not_fit_is_not_taken(
-    make: Callable[..., Saver], caplog: pytest.LogCaptureFixture
+    make: Callable[..., Saver], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strategy = copying(may_write=False)
-    strategy.bytes_needed = psutil.virtual_memory().total * 2
+    monkeypatch.setattr(detect, "free_memory_bytes", lambda: 1.2 * strategy.bytes_needed)  # of a container
     saver = make(strategy)
     with caplog.at_level("INFO"):
         saver.save(at(1), last=False)
@@ -273,6 +273,8 @@ def test_what_has_to_be_repeated_is_told(make: Callable[..., Saver]) -> None:
     saver.run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = make()
     assert again.restore() == at(4)
+    assert not named(again, "lost") and not named(again, "resumed"), "an export restores as well"
+    again.log_restored(step=4)
     (event,) = named(again, "lost")
     assert (event["steps"], event["seconds"], event["until"]) == (3, 1.5, 107.0)
     assert named(again, "resumed")[0]["tier"] == "shared"
@@ -287,7 +289,25 @@ def test_a_newer_checkpoint_on_the_fast_tier_is_taken(make: Callable[..., Saver]
     saver.tiers.shared._remove(saver.tiers.shared.path_of(2))
     again = make(fast_dir=str(tmp_path / "fast"))
     assert again.restore() == at(2)
+    again.log_restored(step=2)
     assert named(again, "resumed")[0]["tier"] == "fast"
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "fast", "kept"),
+    [(8, 0, True, False), (9, 1, True, True), (8, 0, False, True), (0, 0, True, False), (0, 0, False, False)],
+)
+def test_what_a_killed_start_left_on_any_node_is_not_adopted(
+    make: Callable[..., Saver], tmp_path: Path, rank: int, local_rank: int, fast: bool, kept: bool
+) -> None:
+    """One rank of each node clears its own disk, rank 0 alone the shared one."""
+    saver = make(fast_dir=str(tmp_path / "fast") if fast else None)
+    saver.ranks.rank, saver.ranks.local_rank = rank, local_rank
+    left = saver.tiers.first.aside_of(3) / "engine" / "left.bin"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    assert saver._begin(3) == left.parent.parent
+    assert left.exists() == kept
 
 
 def test_a_run_that_saved_once_does_not_begin_again(make: Callable[..., Saver]) -> None:

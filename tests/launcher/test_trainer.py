@@ -336,3 +336,17 @@ def test_a_rank_tells_what_it_begins(make: Callable[..., Trainer]) -> None:
     assert beats[:4] == [("warming", 0), *(("stepping", step) for step in (1, 2, 3))]
     assert beats[4:8] == [("saving", 4), ("stepping", 4), ("evaluating", 5), ("stepping", 5)]
     assert beats[-1] == ("saving", 10)
+
+
+def test_a_rank_that_waits_for_a_save_after_a_fault_says_so(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beats: list[tuple[str, int]] = []
+    seen: list[tuple[str, int]] = []
+    trainer = make()
+    trainer.process = replace(NO_RANDOMNESS, beat=lambda phase, step: beats.append((phase, step)))
+    monkeypatch.setattr(trainer._saver, "leave", lambda: seen.append(beats[-1]))
+    spoil(trainer, monkeypatch, loss=float("nan"))
+    with pytest.raises(BadLossError):
+        trainer.train()
+    assert seen == [("saving", 5)], "the step that failed is not completed"
