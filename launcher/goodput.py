@@ -10,6 +10,8 @@ from typing import Any
 Record = Mapping[str, Any]
 
 _ENDS = ("finished", "stopped", "failed", "interrupted")
+# What is done to a run while no worker lives: no sign that the start before it was still alive.
+_BETWEEN = ("submitted", "replanned", "paused", "restarting", "remedied")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,7 @@ def _times(events: Sequence[Record]) -> Iterator[float]:
     for event in events:
         if event["event"] == "lost":
             yield event["until"]
-        elif event["event"] not in _ENDS:
+        elif event["event"] not in (*_ENDS, *_BETWEEN):
             yield event["time"]
 
 
@@ -132,21 +134,25 @@ def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> 
         assert begun is not None
         return _Start(begun=begun, stepped=stepped, ended=ended, failed=failed)
 
-    first = True
+    first, earliest = True, events[0]["time"] if events else 0.0
     for event in events:
         name, moment = event["event"], event["time"]
         again = name == "started" and stepped is not None
+        # A clock that was set back must not put a beginning before what came first.
+        own = min(max(event.get("begun", moment), earliest), moment)
         if begun is not None and (name == "launched" or again):
             # Nobody saw the end of the one before: it was alive when it last did something.
-            yield closed(max(mark for mark in marks if mark < moment or mark == begun))
+            yield closed(max([begun, *(mark for mark in marks if mark < own)]))
             begun = stepped = None
         if name == "launched":
             begun, first = moment, False
         elif name == "started":
-            # Bare torchrun says nothing before its workers do.
-            begun = begun if begun is not None else (events[0]["time"] if first else moment)
+            # Bare torchrun says nothing before its workers do, and they say when they began (older ones did not).
+            if begun is None:
+                begun = earliest if first and "begun" not in event else own
             stepped, first = moment, False
         elif name in _ENDS and begun is not None:
+            earliest = moment
             yield closed(moment, failed=name == "failed")
             begun = stepped = None
     if begun is not None:

@@ -178,7 +178,9 @@ def _train(trainer: Trainer, run: RunDir, job: Job, ranks: Ranks) -> None:
     by_host = dict(ranks.gather((socket.gethostname(), nccl.look(os.environ))))
     if ranks.rank == 0:
         trainer.log_restored()
-        run.log_event("started", step=trainer.step, hosts=sorted(by_host))
+        # Where torchrun or Slurm starts us nobody else saw when that was.
+        begun = psutil.Process().create_time()
+        run.log_event("started", step=trainer.step, hosts=sorted(by_host), begun=begun)
         for sentence in nccl.differences(by_host):
             logger.warning("%s", sentence)
         trainer.sinks = _open_sinks(run, job, start_step=trainer.step)

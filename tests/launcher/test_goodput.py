@@ -83,6 +83,31 @@ def test_workers_without_a_launcher_start_when_they_say_so() -> None:
     assert found.wall_s == 44
 
 
+def test_workers_without_a_launcher_say_when_they_began() -> None:
+    events = [
+        event(0, "created"),
+        event(1, "submitted"),
+        event(20, "started", step=0, begun=15),  # queued until then
+        event(23, "checkpoint", step=2, seconds=1, stall_s=1),
+        event(39, "resumed", step=2),  # by the next start, which nobody launched
+        event(40, "started", step=2, begun=30),
+        event(44, "stopped", step=4),
+        event(60, "started", step=4, begun=43),  # by a clock that was set back
+    ]
+    found = total(ledger(events, [*steps(1, 2, start=20), *steps(3, 4, start=40)], now=61))
+    assert (found.queue_s, found.num_starts) == (15, 3)
+    assert found.init_s == 5 + 10 + 16
+    assert found.idle_s == 30 - 23
+    assert found.wall_s == 61
+
+
+@pytest.mark.parametrize("name", ["submitted", "replanned", "paused", "restarting", "remedied"])
+def test_what_a_launcher_does_between_starts_is_no_sign_of_life(name: str) -> None:
+    unseen = [e for e in KILLED if e["event"] != "failed"]
+    between = total(ledger([*unseen[:4], event(44, name), *unseen[4:]], METRICS, now=1000))
+    assert between == total(ledger(unseen, METRICS, now=1000))
+
+
 def test_an_export_and_a_rest_afterwards_do_not_count() -> None:
     events = [*KILLED, event(100, "exporting"), event(110, "exported")]
     assert total(ledger(events, METRICS, now=1000)).wall_s == 71
