@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from launcher.checkpoint import Manifest
 from launcher.config import Job
 from launcher.data.loader import BatchLoader
 from launcher.monitor.metrics import StepMetrics
+from launcher.monitor.observe import Observer
 from launcher.ranks import Ranks
 from launcher.run_dir import RunDir, open_run
 from launcher.saver import Position
@@ -109,8 +111,8 @@ def _be_rank(path: Path, *, rounds: int) -> int:
         loader = trainer._loader(
             "train", start_sample=trainer.consumed_samples, num_microbatches=microbatches
         )
-        with loader:
-            found = [_round(trainer, loader) for _ in range(rounds)]
+        with loader, closing(trainer._observer()) as observer:
+            found = [_round(trainer, loader, observer) for _ in range(rounds)]
         if ranks.rank == 0:
             newest = trainer._saver.tiers.committed()[0]
             manifest: Manifest = trainer._saver.tiers.verify(newest)
@@ -121,15 +123,15 @@ def _be_rank(path: Path, *, rounds: int) -> int:
     return worker.main([str(path)])
 
 
-def _round(trainer: Trainer, loader: BatchLoader) -> dict[str, float]:
+def _round(trainer: Trainer, loader: BatchLoader, observer: Observer) -> dict[str, float]:
     """Save and wait; save beside the training and step until it is done. Seconds of the slowest rank."""
-    alone = [_step(trainer, loader).step_time_s for _ in range(2)]
+    alone = [_step(trainer, loader, observer).step_time_s for _ in range(2)]
     waited_s = _save(trainer, last=True)
-    _step(trainer, loader)
+    _step(trainer, loader, observer)
     stall_s = _save(trainer, last=False)
     beside = []
     while trainer.ranks.any(trainer._saver._background.is_busy):
-        beside.append(_step(trainer, loader).step_time_s)
+        beside.append(_step(trainer, loader, observer).step_time_s)
     started = time.perf_counter()
     trainer._saver.settle()
     return {
@@ -141,8 +143,8 @@ def _round(trainer: Trainer, loader: BatchLoader) -> dict[str, float]:
     }
 
 
-def _step(trainer: Trainer, loader: BatchLoader) -> StepMetrics:
-    return trainer._one_step(loader)
+def _step(trainer: Trainer, loader: BatchLoader, observer: Observer) -> StepMetrics:
+    return trainer._one_step(loader, observer)
 
 
 def _save(trainer: Trainer, *, last: bool) -> float:
