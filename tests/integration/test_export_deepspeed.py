@@ -45,6 +45,8 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "tp2-zero1-bf16": ("tied", {"zero_stage": 1, "tp": 2}),
     "pp2": ("tied", {"precision": "fp32", "pp": 2}),
     "pp2-zero1-bf16": ("dense", {"zero_stage": 1, "pp": 2}),
+    "cp2-zero1": ("dense", {"precision": "fp32", "zero_stage": 1, "cp": 2}),
+    "cp2-zero3-bf16": ("tied", {"zero_stage": 3, "cp": 2}),
     "mixtral": ("mixtral", {"precision": "fp32", "zero_stage": 1}),
     "ep2-zero2": ("mixtral", {"precision": "fp32", "zero_stage": 2, "ep": 2}),
     "ep2-zero3-bf16": ("qwen3", {"zero_stage": 3, "ep": 2}),
