@@ -36,10 +36,9 @@ def run(job: Job, output: Output) -> int:
     """Train with every engine in turn, write picture and table, and return the exit code; 11 above the limit."""
     names = _engines(job)
     folder = _folder(job)
-    jobs = [_job_of(job, name, folder) for name in names]
-    for one in jobs:
-        freeze.rank(one).choose()  # what cannot be planned is told before anything is written
-    runs = [freeze.freeze(one, output, in_full=False) for one in jobs]
+    # All of them first: what cannot be planned is told before anything is written.
+    decisions = [freeze.decide(_job_of(job, name, folder)) for name in names]
+    runs = [freeze.write(decision, output, in_full=False) for decision in decisions]
     for begun in runs:
         if begun is not runs[0]:
             _begin_like(runs[0], begun)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -24,48 +24,59 @@ from launcher.submit import local
 from strategies.spec import Plan
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """All that is found out about a job before anything is written: its plans, its folder, the workers' Python."""
+
+    job: Job
+    ranking: planner.Ranking
+    plan: Plan  # the ranking's choice
+    path: Path
+    python: Interpreter
+
+
 def rank(job: Job) -> planner.Ranking:
     """Plan a job: every candidate of the engines it may use."""
     return planner.achieve(job.goal, replan.problem(job, compose.strategies_of(job)))
 
 
+def decide(job: Job) -> Decision:
+    """Plan a job, and write nothing; raise PlanError where nothing fits, ConfigError where the goal is another job."""
+    ranking = rank(job)
+    plan = ranking.choose().plan
+    _check_goal(job, ranking)
+    python = _python(job, plan.strategy)
+    return Decision(job=job, ranking=ranking, plan=plan, path=_run_path(job, plan.strategy), python=python)
+
+
 def freeze(job: Job, output: Output, *, in_full: bool = True, runs_here: bool = True) -> RunDir:
-    """Plan, prepare the data, and write the run directory; under a restarted torchrun find it again.
+    """Decide, and write it down; both as `write` says."""
+    return write(decide(job), output, in_full=in_full, runs_here=runs_here)
+
+
+def write(decision: Decision, output: Output, *, in_full: bool = True, runs_here: bool = True) -> RunDir:
+    """Prepare the data, and write the run directory; under a restarted torchrun find it again.
 
     `in_full` tells how the plan was found, else only what it is; `runs_here` asks whether this host can run it.
     """
-    ranking = rank(job)
-    chosen = ranking.choose()
-    _check_goal(job, ranking)
-    python = _python(job, chosen.plan.strategy)
+    ranking, plan, path = decision.ranking, decision.plan, decision.path
+    job = replace(decision.job, run_dir=str(path))
     if runs_here and not torchrun.started_us():
-        local.check_host(
-            job.cluster, chosen.plan, start="train ...` with the same words and a shared run_dir"
-        )
-    path = _run_path(job, chosen.plan.strategy)
-    job = replace(job, run_dir=str(path))
+        local.check_host(job.cluster, plan, start="train ...` with the same words and a shared run_dir")
     if torchrun.started_us() and (path / "plan.json").exists():
         return _same_run(run_dir.open_run(path), job)
     run_dir.check_free(path)
-    output.say(explain.table(ranking) if in_full else f"chosen    {describe(chosen.plan)}")
+    output.say(explain.table(ranking) if in_full else f"chosen    {describe(plan)}")
     if job.report is not None:
         output.say(f"report {plan_command.write_report(job.report, page(ranking))}")
     dataset = prepare(
         job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
     )
-    facts = provenance.collect(command=sys.argv, directory=Path.cwd(), interpreter=python)
+    facts = provenance.collect(command=sys.argv, directory=Path.cwd(), interpreter=decision.python)
     facts["nccl"] = nccl.to_json(nccl.report(job.cluster, deterministic=job.training.deterministic))
     run = run_dir.create(path, job=job, plan=explain.to_json(ranking), dataset=dataset, provenance=facts)
     output.say(f"run directory {run.path}")
     return run
-
-
-def preview(job: Job) -> tuple[Path, Plan, Interpreter]:
-    """Return where the run would lie, its plan and the workers' Python, and write nothing."""
-    ranking = rank(job)
-    plan = ranking.choose().plan
-    _check_goal(job, ranking)
-    return _run_path(job, plan.strategy), plan, _python(job, plan.strategy)
 
 
 def _python(job: Job, strategy: str) -> Interpreter:

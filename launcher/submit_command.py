@@ -13,7 +13,7 @@ from typing import Any
 from launcher import show
 from launcher.config import Job
 from launcher.errors import FINISHED, ConfigError, TrainingError
-from launcher.freeze import freeze, preview
+from launcher.freeze import decide, freeze
 from launcher.interpreter import surroundings
 from launcher.output import Output
 from launcher.run_dir import RunDir
@@ -43,8 +43,9 @@ def submit(job: Job, output: Output, *, dry_run: bool) -> int:
     """Plan, freeze and start one job where submit=NAME says."""
     _check_place(job)
     if dry_run:
-        path, plan, python = preview(job)
-        return _tell(_Subject(path=path, job=job, plan=plan, python=python.path), output)
+        found = decide(job)
+        subject = _Subject(path=found.path, job=job, plan=found.plan, python=found.python.path)
+        return _tell(subject, output)
     return submit_run(freeze(job, output, runs_here=False), output)
 
 

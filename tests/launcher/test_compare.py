@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from launcher import compare, environments
+from launcher import compare, environments, freeze, run_dir
+from launcher.config import Job
+from launcher.planner import Ranking
 from launcher.run_dir import RunDir
 
 Call = Callable[..., Any]
@@ -55,6 +57,26 @@ def test_one_run_an_engine_from_the_same_weights(
     assert (folder / "losses.svg").read_text().startswith("<svg ")
     page = (folder / "comparison.md").read_text()
     assert "| deepspeed | 4.000000 | 1.000000 | 5e-06 | 2 |" in page
+
+
+def test_an_engine_is_planned_once_and_all_of_them_before_a_run_is_written(
+    call: Call, tmp_path: Path, losses: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    rank, create = freeze.rank, run_dir.create
+
+    def noted_rank(job: Job) -> Ranking:
+        order.append(f"planned {job.strategy.name}")
+        return rank(job)
+
+    def noted_create(path: Path, **given: Any) -> RunDir:
+        order.append(f"wrote {path.name}")
+        return create(path, **given)
+
+    monkeypatch.setattr(freeze, "rank", noted_rank)
+    monkeypatch.setattr(run_dir, "create", noted_create)
+    assert call(*WORDS, f"run_dir={tmp_path / 'both'}").code == 0
+    assert order == ["planned accelerate", "planned deepspeed", "wrote accelerate", "wrote deepspeed"]
 
 
 def test_a_deviation_above_the_limit_is_exit_code_11_and_still_told(
