@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from launcher.checkpoint import files, manifest
@@ -120,7 +121,7 @@ class CheckpointStore:
         if newest is None:
             return
         older = paths[paths.index(newest) + 1 :]
-        kept = [path for path in older if self._is_whole(path)][: self.keep_last - 1]
+        kept = list(islice(filter(self._is_whole, older), self.keep_last - 1))
         for path in older:
             if path not in kept and not (self.keep_every and step_of(path) % self.keep_every == 0):
                 self._remove(path)
