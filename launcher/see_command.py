@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import show
-from launcher import watch as live
 from launcher.errors import FINISHED, ConfigError
 from launcher.output import Output
 from launcher.report.document import write
@@ -44,6 +43,8 @@ def watch(arguments: Sequence[str], output: Output) -> int:
     if output.as_json:
         output.result(show.describe(run))
     else:
+        from launcher import watch as live  # a terminal's library, which no other verb should wait for
+
         live.watch(run, once=ONCE in arguments or not sys.stdout.isatty(), stream=sys.stdout)
     return FINISHED
 

@@ -133,7 +133,7 @@ def _plans_of(ranking: Ranking, name: str) -> tuple[Sequence[Candidate], str]:
     # The keys passed through are those of the engine that the job named.
     engine = problem.engine if problem.strategies == (name,) else {}
     try:
-        alone = solve(replace(problem, strategies=(name,), engine=engine))
+        alone = solve(replace(problem, strategies=(name,), engine=engine), only_best=True)
     except PlanError as error:
         return (), str(error)
     return alone.candidates, "" if alone.candidates else _too_large(alone.nearest_miss())

@@ -101,8 +101,11 @@ def rank(
     return solve(problem)
 
 
-def solve(problem: Problem) -> Ranking:
-    """Weigh every legal plan of a problem; raise PlanError when a pinned value allows none."""
+def solve(problem: Problem, *, only_best: bool = False) -> Ranking:
+    """Weigh every legal plan of a problem; raise PlanError when a pinned value allows none.
+
+    With `only_best` the ranking holds the choice and its ties, and says of what does not fit only where nothing does.
+    """
     check_problem(problem)
     spaces: list[Space] = []
     refused: list[tuple[str, str]] = []
@@ -113,7 +116,7 @@ def solve(problem: Problem) -> Ranking:
             refused.append((name, str(error)))
     if not spaces:
         raise PlanError("; or ".join(dict.fromkeys(reason for _, reason in refused)))
-    found = sweep(problem, spaces)
+    found = sweep(problem, spaces, only_best=only_best)
     rejected = [_rejection(count, nearest) for _, (count, nearest) in sorted(found.misses.items())]
     return Ranking(
         problem=problem,
@@ -216,7 +219,7 @@ def _more_nodes(problem: Problem) -> str | None:
 
 def _best_of(problem: Problem) -> Candidate | None:
     try:
-        candidates = solve(problem).candidates
+        candidates = solve(problem, only_best=True).candidates
     except PlanError:
         return None
     return candidates[0] if candidates else None

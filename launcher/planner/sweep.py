@@ -226,12 +226,18 @@ class _Engine:
         return tuple(light)
 
 
-def sweep(problem: Problem, spaces: Iterable[Space], *, small: int = SMALL) -> Outcome:
-    """Weigh every plan of all engines together."""
+def sweep(
+    problem: Problem, spaces: Iterable[Space], *, small: int = SMALL, only_best: bool = False
+) -> Outcome:
+    """Weigh every plan of all engines together.
+
+    With `only_best` no runners-up are looked for, and no nearest misses where any plan fits.
+    """
     engines = [_Engine(problem, space) for space in spaces]
     for engine in engines:
         engine.fill(resident=True)
-    search = _Search(engines, exhaustive=sum(engine.num_considered for engine in engines) <= small)
+    is_small = sum(engine.num_considered for engine in engines) <= small
+    search = _Search(engines, exhaustive=is_small, only_best=only_best)
     search.drain(engines)
     # Offloading is weighed only where nothing fits without it.
     helpless = [e for e in engines if e.may_offload and not search.fitted(e) and not e.fits()]
@@ -244,8 +250,9 @@ def sweep(problem: Problem, spaces: Iterable[Space], *, small: int = SMALL) -> O
 class _Search:
     """The fastest plans so far, and what was weighed on the way to them."""
 
-    def __init__(self, engines: Sequence[_Engine], *, exhaustive: bool) -> None:
-        self._engines, self._exhaustive = engines, exhaustive
+    def __init__(self, engines: Sequence[_Engine], *, exhaustive: bool, only_best: bool) -> None:
+        self._engines, self._exhaustive, self._only_best = engines, exhaustive, only_best
+        self._kept = 1 if only_best else KEPT
         self._fastest: list[float] = []
         self._fitting: list[tuple[_Engine, float, Candidate]] = []
         self._misses: list[tuple[_Engine, float, _Entry, Switches]] = []
@@ -257,9 +264,9 @@ class _Search:
     @property
     def limit_s(self) -> float:
         """Seconds beyond which a plan is neither tied with the fastest one nor among the first."""
-        if self._exhaustive or len(self._fastest) < KEPT:
+        if self._exhaustive or len(self._fastest) < self._kept:
             return math.inf
-        return max(self._fastest[0] * TIE, self._fastest[KEPT - 1])
+        return max(self._fastest[0] * TIE, self._fastest[self._kept - 1])
 
     def drain(self, engines: Sequence[_Engine]) -> None:
         """Weigh what is queued, the lowest bounds of all engines first."""
@@ -302,16 +309,20 @@ class _Search:
         for engine, bound, entry, switches in self._misses:
             if bound <= limit:
                 engine.refuse(entry, switches)
-        misses = {
-            (engine.space.strategy, stage): (group.count, engine.nearest(group))
+        classes = [
+            (engine, stage, group)
             for engine in self._engines
             for stage, group in sorted(engine.classes.items())
-        }
+        ]
         considered = sum(engine.num_considered for engine in self._engines)
         return Outcome(
             fitting=fitting,
-            misses=misses,
-            num_slow=considered - len(fitting) - sum(count for count, _ in misses.values()),
+            misses={
+                (engine.space.strategy, stage): (group.count, engine.nearest(group))
+                for engine, stage, group in classes
+                if not (self._only_best and fitting)
+            },
+            num_slow=considered - len(fitting) - sum(group.count for _, _, group in classes),
             num_considered=considered,
             num_costed=len(self._fitting),
             limit_s=limit,

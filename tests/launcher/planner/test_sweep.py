@@ -203,6 +203,20 @@ def test_the_answer_is_that_of_brute_force(case: str, kept: int, monkeypatch: py
     assert outcome.num_considered == len(found) + slow + sum(misses.values())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_best_alone_is_that_of_brute_force_with_all_its_ties(case: str) -> None:
+    problem, spaces = problem_of(case)
+    outcome, brute = sweep(problem, spaces, small=0, only_best=True), brute_force(case)
+    found = ordered(outcome.fitting, usable=brute.usable)
+    best_s = min(map(step_s, brute.fitting), default=0.0)
+    tied = [candidate for candidate in brute.fitting if step_s(candidate) <= best_s * TIE]
+    assert found[: len(tied)] == tied and bool(found) == bool(brute.fitting)
+    _, _, nearest = brute.counts(1)
+    misses = {key: candidate.plan for key, (_, candidate) in outcome.misses.items()}
+    assert misses == ({} if found else nearest)
+    assert outcome.num_costed <= sweep(problem, spaces, small=0).num_costed
+
+
 @pytest.mark.parametrize("case", ["dense", "mixture", "dense, tight"])
 def test_few_plans_are_costed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outcome, brute, _ = swept(case, kept=6, monkeypatch=monkeypatch)
