@@ -71,7 +71,8 @@ def test_the_stopped_rank_is_found_within_its_time_and_all_stacks_are_kept(distu
     silent_s = float(hang["message"].partition("no sign of life for ")[2].split()[0])
     assert STEP_TIMEOUT_S <= silent_s <= 1.1 * STEP_TIMEOUT_S
     for rank in range(2):
-        assert "train_step" in stacks_file(disturbed.run, rank).read_text()
+        # Not the step itself: a rank may be stopped between two, and the other one wait for its word on stopping.
+        assert "in _loop\n" in stacks_file(disturbed.run, rank).read_text()
 
 
 def test_a_schedule_follows_from_its_seed() -> None:
