@@ -47,7 +47,7 @@ class Manifest:
 def write(directory: Path, manifest: Manifest) -> None:
     """Put the sealed manifest into `directory`, and all names in there on disk."""
     aside = directory / f"{MANIFEST}.part"
-    aside.write_bytes(sealed({**encode(manifest), "crc32": ""}))
+    aside.write_bytes(sealed(encode(manifest)))
     fsync(aside)
     aside.replace(directory / MANIFEST)
     for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -104,15 +104,6 @@ class CheckpointStore:
                 f"{path} holds a manifest of step {content.step}; give the folder its own name back"
             )
         return content
-
-    def latest_good(self, report: Callable[[str], None]) -> tuple[Path, Manifest] | None:
-        """Return the newest checkpoint that verifies, if any; `report` hears of each one skipped and why."""
-        for path in self.committed():
-            try:
-                return path, self.verify(path)
-            except CheckpointError as error:
-                report(f"skipped checkpoint {path.name}: {error}")
-        return None
 
     def prune(self) -> None:
         """Remove what is not kept; never the newest good one, nor anything newer."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint import CheckpointStore, FileEntry, Manifest, files, manifest
+from launcher.checkpoint import CheckpointStore, FileEntry, Manifest, Tiers, files, manifest
 from launcher.errors import CheckpointError
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
@@ -81,7 +81,7 @@ def test_what_was_committed_is_found_again_unchanged(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     path = save(store_in(root), 20)
     assert path == root / "step_0000000020"
-    found = store_in(root).latest_good(pytest.fail)
+    found = Tiers(shared=store_in(root)).latest_good(pytest.fail)
     assert found is not None
     where, content = found
     assert where == path
@@ -103,12 +103,12 @@ def test_nothing_counts_before_commit(tmp_path: Path) -> None:
     aside = store.begin(5)
     assert aside.name == "step_0000000005.tmp"
     assert names(aside) == ["engine", "rng"]
-    assert store.latest_good(pytest.fail) is None
+    assert Tiers(shared=store).latest_good(pytest.fail) is None
 
 
 def test_a_missing_folder_is_no_checkpoint(tmp_path: Path) -> None:
     store = store_in(tmp_path / "never")
-    assert store.latest_good(pytest.fail) is None
+    assert Tiers(shared=store).latest_good(pytest.fail) is None
     store.prune()
 
 
@@ -191,10 +191,10 @@ def test_damage_is_named_and_the_next_older_one_is_used(
         store.verify(newer)
     assert "\n" not in str(caught.value)
     heard: list[str] = []
-    found = store_in(tmp_path).latest_good(heard.append)
+    found = Tiers(shared=store_in(tmp_path)).latest_good(heard.append)
     assert found is not None
     assert found[0] == older
-    assert heard == [f"skipped checkpoint step_0000000020: {caught.value}"]
+    assert heard == [f"skipped checkpoint step_0000000020 in {tmp_path}: {caught.value}"]
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/hostname", "engine/../../secret", "", ".", "a\\..\\b"])
@@ -243,7 +243,7 @@ def test_pruning_never_takes_the_newest_good_one(tmp_path: Path) -> None:
     fresh = store_in(tmp_path, keep_last=1)
     fresh.prune()
     assert names(tmp_path) == [f"step_{step:010d}" for step in (20, 30, 40)]
-    found = fresh.latest_good(lambda _: None)
+    found = Tiers(shared=fresh).latest_good(lambda _: None)
     assert found is not None
     assert found[1].step == 20
 
