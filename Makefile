@@ -28,7 +28,7 @@ imports: .venv/ready
 	./bootstrap.sh
 
 # The one engine whose pins exclude the others'; its tests run in an environment of its own.
-.venv/colossalai: .venv/ready launcher/locks/base.txt launcher/locks/colossalai.txt
+.venv/colossalai: .venv/ready launcher/environments/locks/base.txt launcher/environments/locks/colossalai.txt
 	MESHWRIGHT_HOME=$(CURDIR)/.venv/home $(PYTHON) -m launcher env create colossalai --json | \
 		$(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["path"] + "/bin/python")' > $@
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from launcher import worker
 from launcher.checkpoint import Manifest
 from launcher.config import Job
 from launcher.data.loader import BatchLoader
@@ -27,9 +26,10 @@ from launcher.monitor.metrics import StepMetrics
 from launcher.monitor.observe import Observer
 from launcher.ranks import Ranks
 from launcher.run_dir import RunDir, open_run
-from launcher.saver import Position
 from launcher.submit import local
-from launcher.trainer import Trainer
+from launcher.training import worker
+from launcher.training.saver import Position
+from launcher.training.trainer import Trainer
 
 BAR = 0.10
 SMALLEST_GIB = 1.0

@@ -17,9 +17,10 @@ from typing import Any
 
 from benchmarks import plan_runs, record
 from benchmarks.plan_runs import Case, Effort, Shape
-from launcher import compose, probe
+from launcher import compose
 from launcher.cluster.spec import ClusterSpec
 from launcher.decode import encode
+from launcher.verbs import probe
 
 BAR = 0.8
 STRATEGIES = ("accelerate", "deepspeed")

@@ -22,10 +22,10 @@ from typing import Any
 import psutil
 
 from benchmarks import record
-from launcher import interval
 from launcher.goodput import ledger
 from launcher.monitor.metrics import read
 from launcher.run_dir import RunDir
+from launcher.training import interval
 
 BAR = 0.03
 INTERVALS_A_FAILURE = 20
@@ -152,7 +152,11 @@ def _workers(run: RunDir) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "launcher.worker" in words and str(run.path) in words and "torch.distributed.run" not in words:
+        if (
+            "launcher.training.worker" in words
+            and str(run.path) in words
+            and "torch.distributed.run" not in words
+        ):
             found.append(process)
     return found
 

@@ -79,7 +79,9 @@ def _run(words: Sequence[str], folder: Path, *, block: int, num_ranks: int) -> l
     run = freeze(job, Output(as_json=True))
     python = sys.executable
     command = local.argv(run_dir=run.path, num_processes=num_ranks, port=None, python=python)
-    command = ["benchmarks.switched_worker" if word == "launcher.worker" else word for word in command]
+    command = [
+        "benchmarks.switched_worker" if word == "launcher.training.worker" else word for word in command
+    ]
     environment = local.environment(
         os.environ, num_processes=num_ranks, num_cores=len(os.sched_getaffinity(0)), python=python
     )

@@ -169,7 +169,7 @@ def _running(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[
 def _kill_rank_1(run: Path) -> None:
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "launcher.worker" in words and str(run) in words and process.environ().get("RANK") == "1":
+        if "launcher.training.worker" in words and str(run) in words and process.environ().get("RANK") == "1":
             process.kill()
 
 

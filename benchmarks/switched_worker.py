@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.monitor_overhead import is_on
-from launcher import worker
 from launcher.monitor.metrics import StepMetrics
 from launcher.monitor.node import NodeSampler
 from launcher.monitor.observe import Observer
-from launcher.trainer import Trainer
+from launcher.training import worker
+from launcher.training.trainer import Trainer
 
 BLOCK = int(os.environ["MESHWRIGHT_BLOCK"])
 ENDS = Path(os.environ["MESHWRIGHT_ENDS"])

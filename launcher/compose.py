@@ -27,13 +27,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import strategies
-from launcher import calibrate, environments, torchrun
+from launcher import calibrate, torchrun
 from launcher.cluster import detect, slurm
 from launcher.cluster.spec import ClusterSpec
 from launcher.cluster.switches import tiers
 from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.defaults import complete_training
+from launcher.environments import catalogue
 from launcher.errors import ClusterError, ConfigError
 from strategies import engine_options
 from strategies.hf_config import from_hf_config
@@ -175,7 +176,7 @@ def build_job(config: DictConfig, *, overrides: Sequence[str]) -> Job:
 
 def available_strategies() -> list[str]:
     """Engines that strategy=auto may choose from: those installed here; all where none is (a laptop plans too)."""
-    installed = [name for name in strategies.ENGINE_PACKAGES if environments.is_here(name)]
+    installed = [name for name in strategies.ENGINE_PACKAGES if catalogue.is_here(name)]
     return installed or list(strategies.ENGINE_PACKAGES)
 
 

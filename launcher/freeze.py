@@ -10,14 +10,16 @@ from pathlib import Path
 import psutil
 
 import launcher.planner.explain as explain
-from launcher import compose, environments, plan_command, planner, provenance, replan, run_dir, torchrun
+from launcher import compose, planner, provenance, replan, run_dir, torchrun
 from launcher.cluster import nccl
 from launcher.config import Job
 from launcher.data.tokens import prepare
+from launcher.environments import catalogue
+from launcher.environments.interpreter import Interpreter
 from launcher.errors import ConfigError, RunDirError
-from launcher.interpreter import Interpreter
 from launcher.output import Output
 from launcher.planner.tables import describe
+from launcher.report.document import write as write_page
 from launcher.report.page import page
 from launcher.run_dir import RunDir
 from launcher.submit import local
@@ -68,7 +70,7 @@ def write(decision: Decision, output: Output, *, in_full: bool = True, runs_here
     run_dir.check_free(path)
     output.say(explain.table(ranking) if in_full else f"chosen    {describe(plan)}")
     if job.report is not None:
-        output.say(f"report {plan_command.write_report(job.report, page(ranking))}")
+        output.say(f"report {write_page(job.report, page(ranking))}")
     dataset = prepare(
         job.data, model_vocab_size=job.model.vocab_size, sequence_length=job.training.sequence_length
     )
@@ -82,7 +84,7 @@ def write(decision: Decision, output: Output, *, in_full: bool = True, runs_here
 def _python(job: Job, strategy: str) -> Interpreter:
     if job.submit.inside is not None:  # nobody can ask a container that is not open
         return Interpreter(path=job.submit.inside, kind="named")
-    return environments.choose(strategy, named=job.submit.python, is_given=torchrun.started_us())
+    return catalogue.choose(strategy, named=job.submit.python, is_given=torchrun.started_us())
 
 
 def _check_goal(job: Job, ranking: planner.Ranking) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.decode import encode
-from launcher.interpreter import Interpreter
+from launcher.environments.interpreter import Interpreter
 
 PACKAGES = (
     "torch",

@@ -19,9 +19,9 @@ from launcher.checkpoint import CheckpointPolicy, Tiers, open_tiers
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
 from launcher.decode import decode, encode
+from launcher.environments.interpreter import Interpreter
 from launcher.errors import ConfigError, LauncherError, RunDirError
 from launcher.files import write_whole
-from launcher.interpreter import Interpreter
 from launcher.monitor.alerts import tell_failure
 from strategies.spec import Plan
 

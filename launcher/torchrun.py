@@ -26,4 +26,4 @@ def take_over(run: RunDir) -> None:
 def become_worker(arguments: Sequence[str]) -> NoReturn:
     """Run the worker in the place of this process."""
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "launcher.worker", *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", "launcher.training.worker", *arguments])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launcher import environments
+from launcher.environments import catalogue
 
 FOLDER = Path(__file__).resolve().parents[1] / "containers"
 DOCKERFILES = sorted(FOLDER.glob("*.Dockerfile"))
@@ -77,7 +77,7 @@ def test_a_container_file_is_sound(path: Path, repository: Path) -> None:
         words = shlex.split(command)
         if "meshwright" in words[0]:
             assert words[1:3] == ["env", "create"]
-            assert words[3] in environments.names()
+            assert words[3] in catalogue.names()
             continue
         assert command == "./bootstrap.sh" or words[0] in ("apt-get", "rm"), command
         if "install" in words:

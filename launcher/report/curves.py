@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from launcher.comparison import Comparison, Curve
+from launcher.report.comparison import Comparison, Curve
 from launcher.report.markup import drawing, label, line, tag, ticks
 from launcher.report.style import hue, picture_css
 

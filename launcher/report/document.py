@@ -39,8 +39,9 @@ def tiles(entries: list[tuple[str, str, str]]) -> str:
     return tag("dl", *shown, class_="tiles")
 
 
-def write(path: Path, html: str) -> None:
-    """Write a page whole or not at all; raise LauncherError where that cannot be."""
+def write(place: str | Path, html: str) -> Path:
+    """Write a page whole or not at all, and return where; raise LauncherError where that cannot be."""
+    path = Path(place).expanduser().absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
@@ -48,3 +49,4 @@ def write(path: Path, html: str) -> None:
         raise LauncherError(
             f"report={path} cannot be written: {error.strerror}; name a file in a folder of yours"
         ) from error
+    return path

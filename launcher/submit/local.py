@@ -9,8 +9,8 @@ from pathlib import Path
 
 from launcher.cluster import detect
 from launcher.cluster.spec import ClusterSpec
+from launcher.environments.interpreter import surroundings
 from launcher.errors import ClusterError
-from launcher.interpreter import surroundings
 from strategies import ENGINE_PACKAGES
 from strategies.spec import Plan
 
@@ -23,7 +23,7 @@ def argv(
     run_dir: Path,
     num_processes: int,
     port: int | None,
-    module: str = "launcher.worker",
+    module: str = "launcher.training.worker",
     python: str = sys.executable,
 ) -> list[str]:
     """Command line of the workers: plain Python for one process, torchrun for more."""

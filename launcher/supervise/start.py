@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import heartbeat
+from launcher.environments.interpreter import find
 from launcher.heartbeat import Beat
-from launcher.interpreter import find
 from launcher.run_dir import RunDir
 from launcher.submit import local
 from launcher.supervise import processes

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import record
 from benchmarks.goodput import BAR, draws
 from launcher.decode import decode
-from launcher.interval import expected_goodput
+from launcher.training.interval import expected_goodput
 
 
 def test_times_between_failures_have_the_mean_and_the_spread_of_the_exponential() -> None:

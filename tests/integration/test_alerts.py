@@ -82,7 +82,7 @@ def workers(run: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if "launcher.worker" in words and str(run) in words and "torch.distributed.run" not in words:
+        if "launcher.training.worker" in words and str(run) in words and "torch.distributed.run" not in words:
             found.append(process)
     return sorted(found, key=lambda process: process.environ().get("RANK", "0"))
 

@@ -48,7 +48,10 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = 120) -> None:
 def workers(run: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
-        if "launcher.worker" in (process.info["cmdline"] or []) and str(run) in process.info["cmdline"]:
+        if (
+            "launcher.training.worker" in (process.info["cmdline"] or [])
+            and str(run) in process.info["cmdline"]
+        ):
             found.append(process)
     return found
 

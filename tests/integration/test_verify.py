@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher import verify
 from launcher.errors import EngineError, PlanError
+from launcher.verbs import verify
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 

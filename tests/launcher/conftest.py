@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import pytest
 
 import strategies
-from launcher import environments
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
+from launcher.environments import catalogue
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, MemoryCost, TimeCost
 from launcher.planner.search import PlanRequest, Problem, Ranking, Rejection
 from strategies.model_spec import ModelSpec, MoeSpec
@@ -208,6 +208,6 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             monkeypatch.setenv(f"{tool}_{key}", value)
     monkeypatch.setenv("MESHWRIGHT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("MESHWRIGHT_TORCH", "cpu")
-    monkeypatch.setattr(environments, "LOCKS", locks)
+    monkeypatch.setattr(catalogue, "LOCKS", locks)
     monkeypatch.setitem(strategies.ENGINE_PACKAGES, "tinyengine", "tinyengine")
     return locks

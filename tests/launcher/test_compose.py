@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 import strategies
-from launcher import compose, environments
+from launcher import compose
 from launcher.cluster import detect, slurm
 from launcher.config import Job
+from launcher.environments import catalogue
 from launcher.errors import ConfigError
 from strategies.hf_config import to_hf_config
 from strategies.model_spec import ModelSpec
@@ -102,7 +103,7 @@ def test_shape_keys_beside_a_hugging_face_config_are_refused(tmp_path: Path, tin
 def test_auto_plans_for_every_engine_where_none_is_installed(
     call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environments, "has_package", lambda strategy: False)
+    monkeypatch.setattr(catalogue, "has_package", lambda strategy: False)
     plan = call("plan", "strategy=auto", "model=llama3_8b", "cluster=h100_sxm", "--json").json
     assert plan["inputs"]["strategies"] == sorted(strategies.ENGINE_PACKAGES)
     assert len(plan["notes"]) == len(strategies.ENGINE_PACKAGES)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher import provenance
-from launcher.interpreter import Interpreter
+from launcher.environments.interpreter import Interpreter
 
 
 def git(directory: Path, *arguments: str) -> str:

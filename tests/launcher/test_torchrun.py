@@ -34,4 +34,4 @@ def test_the_worker_takes_our_place(monkeypatch: pytest.MonkeyPatch) -> None:
     became: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(os, "execv", lambda path, argv: became.append((path, argv)))
     torchrun.become_worker(["--share", "run"])
-    assert became == [(sys.executable, [sys.executable, "-m", "launcher.worker", "--share", "run"])]
+    assert became == [(sys.executable, [sys.executable, "-m", "launcher.training.worker", "--share", "run"])]

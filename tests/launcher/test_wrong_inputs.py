@@ -359,7 +359,7 @@ def test_a_plan_for_hardware_that_is_not_here(
 
 
 def test_an_engine_that_is_not_installed(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.environments.has_package", lambda strategy: False)
+    monkeypatch.setattr("launcher.environments.catalogue.has_package", lambda strategy: False)
     says = "deepspeed: not installed here; meshwright env create deepspeed"
     check(call("train", "strategy=deepspeed", "run_dir=run"), Case((), ENGINE, says))
 

@@ -25,13 +25,13 @@ def test_rank_0_speaks_plainly_and_its_file_has_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = log.setup(0, world_size=4, directory=tmp_path / "logs")
-    logging.getLogger("launcher.trainer").info("training\nstarts")
-    logging.getLogger("launcher.trainer").warning("careful")
+    logging.getLogger("launcher.training.trainer").info("training\nstarts")
+    logging.getLogger("launcher.training.trainer").warning("careful")
     assert capsys.readouterr().out == "training starts\nwarning: careful\n"
     assert path == tmp_path / "logs" / "rank_00000.log"
     written = path.read_text()
     assert "rank 0 of 4" in written
-    assert "INFO launcher.trainer: training" in written
+    assert "INFO launcher.training.trainer: training" in written
 
 
 def test_other_ranks_only_warn_and_say_who_they_are(

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from launcher.comparison import Comparison, Curve
+from launcher.report.comparison import Comparison, Curve
 from launcher.report.curves import curves
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -12,7 +12,7 @@ from launcher.submit import local
 
 def test_one_process_needs_no_torchrun() -> None:
     argv = local.argv(run_dir=Path("/r"), num_processes=1, port=None)
-    assert argv == [sys.executable, "-m", "launcher.worker", "/r"]
+    assert argv == [sys.executable, "-m", "launcher.training.worker", "/r"]
 
 
 def test_more_processes_meet_on_loopback() -> None:
@@ -26,7 +26,7 @@ def test_more_processes_meet_on_loopback() -> None:
         "--rdzv-id=meshwright",
         "--local-addr=127.0.0.1",
         "-m",
-        "launcher.worker",
+        "launcher.training.worker",
         "/r",
     ]
 
@@ -65,9 +65,9 @@ def test_a_taken_port_is_one_sentence() -> None:
 
 
 def test_another_module_may_be_started_the_same_way() -> None:
-    one = local.argv(run_dir=Path("x"), num_processes=1, port=None, module="launcher.probe_worker")
-    two = local.argv(run_dir=Path("x"), num_processes=2, port=None, module="launcher.probe_worker")
-    assert one[1:] == two[-3:] == ["-m", "launcher.probe_worker", "x"]
+    one = local.argv(run_dir=Path("x"), num_processes=1, port=None, module="launcher.verbs.probe_worker")
+    two = local.argv(run_dir=Path("x"), num_processes=2, port=None, module="launcher.verbs.probe_worker")
+    assert one[1:] == two[-3:] == ["-m", "launcher.verbs.probe_worker", "x"]
 
 
 def test_the_flight_recorder_writes_beside_the_logs() -> None:

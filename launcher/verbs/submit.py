@@ -1,0 +1,262 @@
+"""`meshwright submit|status|cancel|logs`: queue a run, and ask after it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Job
+from launcher.environments.interpreter import surroundings
+from launcher.errors import FINISHED, ConfigError, TrainingError
+from launcher.freeze import decide, freeze
+from launcher.output import Output
+from launcher.run_dir import RunDir
+from launcher.submit import hosts, slurm
+from launcher.verbs import show, words
+from strategies.spec import Plan
+
+DRY_RUN, NOW, FOLLOW = "--dry-run", "--now", ("-f", "--follow")
+_LOOK_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A run to start: where it lies or would lie, and with what."""
+
+    path: Path
+    job: Job
+    plan: Plan
+    python: str
+
+
+def submit(arguments: list[str], output: Output) -> int:
+    """Start each job where its submit=NAME says, or a frozen run again."""
+    dry_run, rest = DRY_RUN in arguments, [word for word in arguments if word != DRY_RUN]
+    if words.names_a_run(rest):
+        return submit_run(words.open_run("submit", rest), output, dry_run=dry_run)
+    for job in words.jobs("submit", rest, output):
+        submit_job(job, output, dry_run=dry_run)
+    return FINISHED
+
+
+def submit_job(job: Job, output: Output, *, dry_run: bool) -> int:
+    """Plan, freeze and start one job where submit=NAME says."""
+    _check_place(job)
+    if dry_run:
+        found = decide(job)
+        subject = _Subject(path=found.path, job=job, plan=found.plan, python=found.python.path)
+        return _tell(subject, output)
+    return submit_run(freeze(job, output, runs_here=False), output)
+
+
+def submit_run(run: RunDir, output: Output, *, dry_run: bool = False) -> int:
+    """Start a run that is frozen: a new one, or again one that was given up."""
+    job = run.job()
+    _check_place(job)
+    interpreter = run.interpreter()
+    subject = _Subject(
+        path=run.path, job=job, plan=run.plan(), python=interpreter.path if interpreter else sys.executable
+    )
+    if dry_run:
+        return _tell(subject, output)
+    if show.describe(run)["state"] == "finished":
+        raise ConfigError(f"{run.path} is finished, there is nothing to submit; `show` tells of it")
+    if job.submit.name == "slurm":
+        return _queue(run, subject, output)
+    return _on_hosts(run, subject, output)
+
+
+def _check_place(job: Job) -> None:
+    if job.submit.name == "local":
+        raise ConfigError(
+            "submit=local starts a run here, which `meshwright train` does; "
+            "name another place with submit=slurm, submit=torchrun or submit=ssh"
+        )
+    if job.submit.name != "slurm":
+        hosts.given(job)  # before anything is frozen
+
+
+# ---- Slurm --------------------------------------------------------------------------------------------------------
+
+
+def _queue(run: RunDir, subject: _Subject, output: Output) -> int:
+    (run.path / slurm.STARTS).unlink(missing_ok=True)  # a person asks: the count of starts begins anew
+    environment = surroundings(os.environ, subject.python)
+    ids: list[str] = []
+    for _ in range(subject.job.submit.chain):
+        after = slurm.dependency(subject.job.submit, before=ids[-1] if ids else None)
+        argv = _sbatch(subject, after)
+        ids.append(slurm.queue(argv, environment=environment, directory=run.path))
+        run.log_event("submitted", job=ids[-1], command=argv)
+    output.say(f"log       {run.path / slurm.LOG}")
+    told = f"submitted {' '.join(ids)}; `meshwright status {run.path}` tells how it goes"
+    output.say(told)
+    if subject.job.submit.wait:
+        _wait(run, ids)
+    output.result({"run_dir": str(run.path), "jobs": ids})  # behind a fault it would be a second document
+    return FINISHED
+
+
+def _sbatch(subject: _Subject, after: str | None) -> list[str]:
+    return slurm.sbatch_argv(
+        subject.path, job=subject.job, plan=subject.plan, python=subject.python, after=after
+    )
+
+
+def _wait(run: RunDir, ids: Sequence[str]) -> None:
+    jobs = [slurm.ask(number) for number in ids]
+    while not all(job.has_ended for job in jobs):
+        time.sleep(_LOOK_S)
+        jobs = [slurm.ask(number) for number in ids]
+    state = show.describe(run)["state"]
+    if state not in ("finished", "stopped"):
+        raise TrainingError(
+            f"job {ids[-1]} ended as {jobs[-1].state} and the run is {state}; see {run.path / slurm.LOG}"
+        )
+
+
+# ---- hosts --------------------------------------------------------------------------------------------------------
+
+
+def _commands(subject: _Subject) -> dict[str, list[str]]:
+    environment = surroundings(os.environ, subject.python)
+    names = hosts.named(subject.job, subject.plan)
+    return {
+        host: hosts.argv(
+            subject.path,
+            job=subject.job,
+            hosts=names,
+            rank=rank,
+            python=subject.python,
+            environment=environment,
+        )
+        for rank, host in enumerate(names)
+    }
+
+
+def _on_hosts(run: RunDir, subject: _Subject, output: Output) -> int:
+    commands = _commands(subject)
+    if subject.job.submit.name == "torchrun":
+        output.result({"run_dir": str(run.path), "commands": commands}, hosts.shown(commands))
+        return FINISHED
+    log = run.logs / "ssh.log"
+    calls = {host: hosts.ssh_argv(subject.job.submit.ssh, host, words) for host, words in commands.items()}
+    run.log_event("submitted", command=calls)
+    output.say(f"log       {log}")
+    hosts.start(calls, log=log, stop_file=run.stop_file)
+    facts = show.describe(run)
+    output.result(facts, show.to_text(facts))
+    return FINISHED
+
+
+def _tell(subject: _Subject, output: Output) -> int:
+    """Print what would be started, and start nothing."""
+    submit = subject.job.submit
+    if submit.name == "slurm":
+        calls = [_sbatch(subject, slurm.dependency(submit, before=None))]
+        # Only sbatch knows the numbers that the others wait for.
+        calls += [_sbatch(subject, "afterany:JOB") for _ in range(submit.chain - 1)]
+        script = slurm.SCRIPT.read_text(encoding="utf-8")
+        text = "\n".join(map(hosts.quoted, calls)) + f"\n\n{script}"
+        output.result({"run_dir": str(subject.path), "commands": calls, "script": script}, text)
+        return FINISHED
+    commands = _commands(subject)
+    if submit.name == "ssh":
+        commands = {host: hosts.ssh_argv(submit.ssh, host, words) for host, words in commands.items()}
+    output.result({"run_dir": str(subject.path), "commands": commands}, hosts.shown(commands))
+    return FINISHED
+
+
+# ---- after a run --------------------------------------------------------------------------------------------------
+
+
+def status(arguments: list[str], output: Output) -> int:
+    """Tell where the run and its jobs stand."""
+    run = words.open_run("status", arguments)
+    jobs = {number: slurm.ask(number) for number in _jobs(run)}
+    facts = show.describe(run)
+    lines = [
+        f"job {number}  {job.state.lower()} {job.reason if not job.has_ended else ''}".rstrip()
+        + (f"  on {job.hosts}" if job.hosts and not job.has_ended else "")
+        + (f"  restarts {job.restarts}" if job.restarts else "")
+        for number, job in jobs.items()
+    ]
+    lines.append(f"run    {facts['state']}, step {facts['step']} of {facts['num_steps']}")
+    told: dict[str, Any] = {
+        "run_dir": str(run.path),
+        "state": facts["state"],
+        "step": facts["step"],
+        "num_steps": facts["num_steps"],
+        "jobs": {number: {"state": job.state, "restarts": job.restarts} for number, job in jobs.items()},
+    }
+    output.result(told, "\n".join(lines))
+    return FINISHED
+
+
+def cancel(arguments: list[str], output: Output) -> int:
+    """Ask a running job to leave with a checkpoint; take those that wait, or with --now all, out of the queue."""
+    at_once = NOW in arguments
+    run = words.open_run("cancel", [word for word in arguments if word != NOW])
+    told = []
+    for number in _jobs(run):
+        job = slurm.ask(number)
+        if job.has_ended:
+            continue
+        if job.state == "RUNNING" and not at_once:
+            slurm.run(["scancel", "--batch", "--signal=USR2", number])  # train.sbatch knows what is meant
+            told.append(f"job {number} leaves after this step with a checkpoint")
+        else:
+            slurm.run(["scancel", number])
+            told.append(f"job {number} is cancelled")
+    if not told and not _jobs(run):
+        run.stop_file.touch()
+        told.append("the run leaves after this step with a checkpoint")
+    output.result({"run_dir": str(run.path), "done": told}, "\n".join(told) or "no job of this run is queued")
+    return FINISHED
+
+
+def logs(arguments: list[str], output: Output) -> int:
+    """Print what the run wrote; with -f go on until its jobs have ended."""
+    rest = [word for word in arguments if word not in FOLLOW]
+    run, follow = words.open_run("logs", rest), len(rest) < len(arguments)
+    named = [run.path / slurm.LOG, run.logs / "ssh.log", *sorted(run.logs.glob("rank_*.log"))]
+    path = next((path for path in named if path.exists()), named[0])
+    for text in _grown(path, until=lambda: not follow or _is_over(run)):
+        output.say(text)
+    output.result({"run_dir": str(run.path), "log": str(path)})
+    return FINISHED
+
+
+def _grown(path: Path, *, until: Callable[[], bool]) -> Iterator[str]:
+    """Yield what a file has, and what is appended, as whole lines; a file that is not there yet may come."""
+    position, last = 0, False
+    while True:
+        last = until()
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                text = file.read()
+            whole = text if last else text[: text.rfind(b"\n") + 1]
+            position += len(whole)
+            if whole:
+                yield whole.decode("utf-8", errors="replace").removesuffix("\n")
+        if last:
+            return
+        time.sleep(_LOOK_S / 4)
+
+
+def _is_over(run: RunDir) -> bool:
+    numbers = _jobs(run)
+    if numbers:
+        return all(slurm.ask(number).has_ended for number in numbers)
+    return show.describe(run)["state"] not in ("created", "starting", "running")
+
+
+def _jobs(run: RunDir) -> list[str]:
+    """Numbers of the jobs of the last submission and all before, oldest first."""
+    return [event["job"] for event in run.events() if event["event"] == "submitted" and "job" in event]
