@@ -126,8 +126,9 @@ def slow_base(tmp_path: Path) -> Path:
 def interrupted_build(script: Path, pid_file: Path) -> subprocess.Popen[bytes]:
     """Start a build as a process of its own, and return while it is at it."""
     code = (
-        "import sys; from pathlib import Path; from launcher import cli, environments; "
-        f"environments.LOCKS = Path({str(script.parent / 'locks')!r}); "
+        "import sys; from pathlib import Path; from launcher import cli; "
+        "from launcher.environments import catalogue; "
+        f"catalogue.LOCKS = Path({str(script.parent / 'locks')!r}); "
         f"sys.exit(cli.run(['env', 'create', 'tinyengine', 'python={script}']))"
     )
     process = subprocess.Popen(

@@ -84,7 +84,7 @@ def test_links_of_a_moved_checkout_are_made_anew() -> None:
     link = interpreter.import_folder() / "launcher"
     link.unlink()
     link.symlink_to("/gone")
-    assert (interpreter.import_folder() / "launcher" / "interpreter.py").is_file()
+    assert (interpreter.import_folder() / "launcher" / "cli.py").is_file()
 
 
 def test_a_home_that_cannot_be_written_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from launcher.run_dir import open_run
-from launcher.verbs.submit import take
 
 SMALL = (
     *("strategy=fake", "monitor=none", "data.max_bytes=200000", "training.sequence_length=32"),
@@ -41,11 +40,6 @@ def said(tools: Path, name: str) -> list[list[str]]:
     file = tools / f"{name}.said"
     lines = file.read_text().split("\0\n") if file.exists() else []
     return [line.split("\0") for line in lines if line]
-
-
-def test_dry_run_is_a_flag_of_ours() -> None:
-    assert take(["submit=slurm", "--dry-run"]) == (True, ["submit=slurm"])
-    assert take(["submit=slurm"]) == (False, ["submit=slurm"])
 
 
 def test_a_dry_run_prints_argv_and_script_and_leaves_nothing(
