@@ -69,7 +69,9 @@ class EvaluationConfig:
     """When the validation split is read, and how much of it."""
 
     interval: int = 0  # steps between evaluations; 0: only after the last step
-    num_sequences: int = 64  # per evaluation, over all ranks; rounded up to whole global batches
+    num_sequences: int = (
+        64  # per evaluation, over all ranks; rounded up to whole global batches; 0: none at all
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +171,5 @@ class Job:
                 f"checks.max_deviation={self.checks.max_deviation} must be at least 0; null allows any deviation"
             )
         for key in ("interval", "num_sequences"):
-            lowest = 0 if key == "interval" else 1
-            if getattr(self.evaluation, key) < lowest:
-                raise ValueError(
-                    f"evaluation.{key}={getattr(self.evaluation, key)} must be at least {lowest}"
-                )
+            if getattr(self.evaluation, key) < 0:
+                raise ValueError(f"evaluation.{key}={getattr(self.evaluation, key)} must not be negative")

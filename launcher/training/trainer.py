@@ -207,9 +207,9 @@ class Trainer:
     # ---- questions asked after each step -----------------------------------------------------------------------
 
     def _evaluation_due(self) -> bool:
-        interval = self.job.evaluation.interval
+        asked = self.job.evaluation
         last = self.step == self.job.training.num_steps
-        return last or (interval > 0 and self.step % interval == 0)
+        return asked.num_sequences > 0 and (last or (asked.interval > 0 and self.step % asked.interval == 0))
 
     def _checkpoint_due(self, *, stopping: bool) -> bool:
         if self.step == self.job.training.num_steps and self.job.checkpoint.save_last:

@@ -160,6 +160,14 @@ def test_every_step_is_reported_once_with_its_numbers(make: Callable[..., Traine
     assert all(m.data_wait_share is not None and 0 < m.data_wait_share < 1 for m in sink.steps)
 
 
+def test_no_sequences_mean_no_evaluation(make: Callable[..., Trainer]) -> None:
+    trainer = make(evaluation=EvaluationConfig(interval=5, num_sequences=0))
+    assert trainer.train() == "finished"
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    assert len(sink.steps) == 10 and all(m.validation_loss is None for m in sink.steps)
+
+
 def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) -> None:
     trainer = make()
     trainer.train()
