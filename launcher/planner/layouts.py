@@ -154,7 +154,7 @@ def _worth_trying(problem: Problem, key: str, value: int) -> bool:
     if key == "cp":
         return value <= problem.training.sequence_length // _LEAST_TOKENS_PER_CP_RANK
     split = problem.request.pipeline_split
-    if split is not None:
+    if split:
         return len(split) % value == 0
     return value & (value - 1) == 0 or problem.model.num_layers % value == 0
 
@@ -172,7 +172,7 @@ def _chunks(problem: Problem, pp: int, capabilities: Capabilities) -> list[int]:
     layers, request = problem.model.num_layers, problem.request
     if pp == 1:
         return [1]
-    if request.pipeline_split is not None:
+    if request.pipeline_split:
         return [len(request.pipeline_split) // pp] if len(request.pipeline_split) % pp == 0 else []
     most = layers // pp if request.vp is not None else min(_MAX_VP, layers // pp)
     if layers % pp == 0:
@@ -192,15 +192,15 @@ def _chunks(problem: Problem, pp: int, capabilities: Capabilities) -> list[int]:
 def _splits(problem: Problem, capabilities: Capabilities, pp: int, vp: int) -> list[tuple[int, ...]]:
     """Return layers by chunk to try: the same everywhere, and what makes up for the output head."""
     layers, pinned = problem.model.num_layers, problem.request.pipeline_split
-    if pinned is not None:
+    if pinned:
         return [pinned] if len(pinned) == pp * vp else []
     if pp == 1:
         return [()]
     if not capabilities.uneven_pipeline:
         return [()] if layers % (pp * vp) == 0 else []
     if pp * vp > layers:
-        return [_bordered(layers, pp * vp)]
-    balanced = _balanced(problem, pp, vp)
+        return [] if pinned is not None else [_bordered(layers, pp * vp)]
+    balanced = _balanced(problem, pp, vp) if pinned is None else ()
     return [(), balanced] if balanced else [()]
 
 
@@ -271,7 +271,7 @@ def _no_inside(problem: Problem) -> str | None:
     for key, whole in (("ep", "model.moe.num_experts"), ("vp", "the layers of a stage"), ("etp", "plan.tp")):
         if getattr(request, key) not in (None, 1):
             return f"plan.{key}={getattr(request, key)} does not divide {whole}; use another value or null"
-    if request.pipeline_split is not None:
+    if request.pipeline_split:
         return (
             f"plan.pipeline_split={text_of(request.pipeline_split)} does not match the stages that "
             f"{problem.cluster.world_size} ranks can have; name the layers of plan.pp * plan.vp chunks"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from launcher.cluster.spec import ClusterSpec
@@ -42,9 +42,9 @@ class PlanRequest:
     micro_batch_size: int | None = None
     num_microbatches: int | None = None
     recompute: Recompute | None = None
-    recompute_num_layers: int | None = None  # of each stage, with recompute=full
+    recompute_num_layers: int | None = None  # of each stage, with recompute=full; 0: all
     recompute_modules: tuple[str, ...] | None = None  # with recompute=selective
-    pipeline_split: tuple[int, ...] | None = None  # layers of each chunk
+    pipeline_split: tuple[int, ...] | None = None  # layers of each chunk; empty: the same everywhere
     rank_order: tuple[str, ...] | None = None  # fastest-varying first
     sequence_parallel: bool | None = None
     offload_optimizer: bool | None = None
@@ -53,9 +53,11 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         for key in _COUNTS:
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"plan.{key}={value} must be at least 1; null lets the planner choose")
+            value, lowest = getattr(self, key), 0 if key == "recompute_num_layers" else 1
+            if value is not None and value < lowest:
+                raise ValueError(
+                    f"plan.{key}={value} must be at least {lowest}; null lets the planner choose"
+                )
         if self.zero_stage not in (None, 0, 1, 2, 3):
             raise ValueError(f"plan.zero_stage={self.zero_stage} is not a ZeRO stage; use one of 0, 1, 2, 3")
         for key, kind in (("recompute_num_layers", "full"), ("recompute_modules", "selective")):
@@ -73,9 +75,9 @@ class PlanRequest:
 
     def _check_split(self) -> None:
         split = self.pipeline_split
-        if split is None:
+        if not split:
             return
-        if not split or min(split) < 0:
+        if min(split) < 0:
             raise ValueError(f"plan.pipeline_split={text_of(split)} must name the layers of each chunk")
         chunks = (self.pp or 1) * (self.vp or 1)
         if len(split) % chunks or (self.pp and self.vp and len(split) != chunks):
@@ -87,6 +89,17 @@ class PlanRequest:
     def pins(self) -> dict[str, Any]:
         """Return what is pinned, by key."""
         return {key: value for key, value in vars(self).items() if value is not None}
+
+
+def pinned(plan: Plan) -> PlanRequest:
+    """Return the request that allows this plan only."""
+    given = {f.name: getattr(plan, f.name) for f in fields(PlanRequest)}
+    # Layers and modules of another kind of recomputation cannot be pinned.
+    if plan.recompute != "full":
+        given["recompute_num_layers"] = None
+    if plan.recompute != "selective":
+        given["recompute_modules"] = None
+    return PlanRequest(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +130,7 @@ def check_problem(problem: Problem) -> None:
             f"use one of {', '.join(sorted(cluster.gpu.peak_tflops))}"
         )
     request = problem.request
-    if request.pipeline_split is not None and sum(request.pipeline_split) != model.num_layers:
+    if request.pipeline_split and sum(request.pipeline_split) != model.num_layers:
         raise PlanError(
             f"plan.pipeline_split={text_of(request.pipeline_split)} holds {sum(request.pipeline_split)} layers, "
             f"not model.num_layers={model.num_layers}"

@@ -172,7 +172,7 @@ class Space:
         """Return for how many layers of a stage recomputation is tried, beside all and none of them."""
         request = self.problem.request
         if request.recompute_num_layers is not None:
-            return (request.recompute_num_layers,)
+            return (request.recompute_num_layers,) if request.recompute_num_layers else ()
         if not self.capabilities.partial_recompute:
             return ()
         chunks = layout.split or even_split(self.problem.model.num_layers, layout.pp * layout.vp)
@@ -200,7 +200,7 @@ class Space:
         if "full" in kinds:
             for layers in partial:
                 yield "full", layers, ()
-            if request.recompute_num_layers is None:
+            if not request.recompute_num_layers:
                 yield "full", 0, ()
 
     def _legal_switches(

@@ -11,7 +11,7 @@ from strategies.base import Capabilities
 from strategies.spec import Plan, Recompute
 
 _RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
-# Layers and modules of a kind of recomputation, layers of uneven stages: where they do not apply nothing can be pinned.
+# Layers and modules of a kind of recomputation, layers of uneven stages: where they do not apply they are null.
 _OPTIONAL = ("recompute_num_layers", "recompute_modules", "pipeline_split")
 
 
@@ -95,12 +95,6 @@ def words(before: Plan, after: Plan) -> tuple[str, ...]:
     """Return in which keys two plans differ, as a person would write them."""
     changed = [f.name for f in fields(PlanRequest) if getattr(before, f.name) != getattr(after, f.name)]
     return tuple(f"plan.{name}={_text(name, getattr(after, name))}" for name in changed)
-
-
-def pinned(plan: Plan) -> PlanRequest:
-    """Return the request that allows this plan only."""
-    given = {f.name: getattr(plan, f.name) for f in fields(PlanRequest)}
-    return PlanRequest(**{name: value for name, value in given.items() if value or name not in _OPTIONAL})
 
 
 def _text(name: str, value: object) -> str:

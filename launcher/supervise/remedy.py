@@ -13,6 +13,7 @@ from launcher.decode import decode, encode
 from launcher.errors import LauncherError
 from launcher.monitor.metrics import read
 from launcher.planner import Goal, PlanRequest, Ranking
+from launcher.planner.problem import pinned
 from launcher.run_dir import RunDir
 from launcher.supervise import ladder
 from launcher.supervise.failure import Failure
@@ -47,7 +48,7 @@ def _shrink(run: RunDir, change: Change) -> bool:
     """Adopt a plan that needs less memory; a plan that the planner or the checkpoint refuses is left out."""
     try:
         job = replan.with_words(run.job(), change.words, plan=run.plan())
-        request = job.plan if change.plan is None else ladder.pinned(change.plan)
+        request = job.plan if change.plan is None else pinned(change.plan)
         ranking = _rank(job, request, run.plan().strategy)
         if change.plan is None:
             parts = run.plan_data()["predictions"]["memory_bytes_by_part"]
@@ -96,7 +97,7 @@ def for_devices(run: RunDir, devices: int) -> bool:
     """Go on with as many of `devices` ranks as a plan uses; tell whether there is a plan that the checkpoint allows."""
     wanted = whole(run)
     if devices >= wanted.devices:
-        return _use(run, wanted, wanted.devices, ladder.pinned(wanted.plan))
+        return _use(run, wanted, wanted.devices, pinned(wanted.plan))
     if "dp" not in strategies.capabilities(wanted.plan.strategy).reshardable:
         return False
     return any(
@@ -108,12 +109,13 @@ def for_devices(run: RunDir, devices: int) -> bool:
 
 def _requests(plan: Plan) -> Iterator[PlanRequest]:
     """Yield what to keep of `plan` on fewer ranks: all but the split of the data first, then what files depend on."""
-    everything = ladder.pinned(plan)
+    everything = pinned(plan)
     free = strategies.capabilities(plan.strategy).reshardable
+    split = ("pipeline_split",) if "pp" in free else ()  # which names the layers of so many stages
     for given_up in (
         ("dp", "num_microbatches"),
         _BATCH,
-        (*_BATCH, *(name for name in LAYOUT if name in free)),
+        (*_BATCH, *split, *(name for name in LAYOUT if name in free)),
     ):
         yield replace(everything, **dict.fromkeys(given_up))
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from launcher import compose, freeze
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
+from launcher.config import StrategyConfig
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError, PlanError
-from launcher.planner.problem import PlanRequest, Problem, check_problem, divisors, listed, text_of
+from launcher.planner.problem import PlanRequest, Problem, check_problem, divisors, listed, pinned, text_of
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tp": 0}, "plan.tp=0 must be at least 1; null lets the planner choose"),
     (
-        {"recompute_num_layers": 0},
-        "plan.recompute_num_layers=0 must be at least 1; null lets the planner choose",
+        {"recompute_num_layers": -1},
+        "plan.recompute_num_layers=-1 must be at least 0; null lets the planner choose",
     ),
     ({"zero_stage": 4}, "plan.zero_stage=4 is not a ZeRO stage; use one of 0, 1, 2, 3"),
     (
@@ -30,7 +33,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "use plan.recompute=selective or null",
     ),
     ({"rank_order": ["tp", "dp"]}, "plan.rank_order=[tp,dp] must name each of cp, dp, pp, tp once"),
-    ({"pipeline_split": []}, "plan.pipeline_split=[] must name the layers of each chunk"),
+    ({"pipeline_split": [-1, 5]}, "plan.pipeline_split=[-1,5] must name the layers of each chunk"),
     (
         {"pipeline_split": [4, 4, 4], "pp": 2},
         "plan.pipeline_split=[4,4,4] names 3 chunks, not plan.pp * plan.vp; "
@@ -50,6 +53,36 @@ def test_pins_are_what_is_not_null() -> None:
     request = PlanRequest(tp=2, pipeline_split=(3, 5), sequence_parallel=False)
     assert request.pins() == {"tp": 2, "pipeline_split": (3, 5), "sequence_parallel": False}
     assert decode(PlanRequest, encode(request)) == request
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("strategy=any", "model=llama3_8b", "cluster=h100_sxm", "cluster.num_nodes=2"),
+        (
+            "strategy=megatron",
+            "model=llama3_8b",
+            "cluster=a100_80gb",
+            "cluster.num_nodes=3",
+            "training.global_batch_size=96",
+        ),
+        (
+            "strategy=megatron",
+            "model=llama3_70b",
+            "cluster=h100_sxm",
+            "cluster.num_nodes=4",
+            "plan.recompute=full",
+        ),
+        ("strategy=deepspeed", "model=mixtral_8x7b", "cluster=a100_80gb", "cluster.num_nodes=8"),
+    ],
+)
+def test_a_pinned_plan_is_the_only_one(words: tuple[str, ...]) -> None:
+    (job,) = compose.jobs(words)
+    found = freeze.rank(job).candidates[:12]
+    assert len(found) > 4
+    for plan in (candidate.plan for candidate in found):
+        again = freeze.rank(replace(job, strategy=StrategyConfig(name=plan.strategy), plan=pinned(plan)))
+        assert [candidate.plan for candidate in again.candidates] == [plan]
 
 
 def test_a_split_must_hold_all_layers() -> None:

@@ -86,9 +86,3 @@ def test_the_learning_rate_is_halved_where_leaving_out_did_not_help(small_job: J
 
 def test_a_bad_loss_changes_nothing_by_default(small_job: Job) -> None:
     assert ladder.for_loss(small_job, sample=0, failed_before=0) is None
-
-
-def test_a_pinned_plan_says_all_that_applies() -> None:
-    pins = ladder.pinned(PLAN).pins()
-    assert pins["micro_batch_size"] == 6 and pins["rank_order"] == PLAN.rank_order
-    assert not {"recompute_num_layers", "recompute_modules", "pipeline_split"} & set(pins)
