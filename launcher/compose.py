@@ -13,7 +13,7 @@ import tempfile
 from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.defaults import complete_training
 from launcher.environments import catalogue
-from launcher.errors import ClusterError, ConfigError
+from launcher.errors import ClusterError, ConfigError, LauncherError
 from strategies import engine_options
 from strategies.hf_config import from_hf_config
 from strategies.model_spec import ModelSpec
@@ -49,21 +49,41 @@ OUR_FLAGS = ("--json", "--dry-run", "--why", "--sensitivity")  # of `submit`, of
 _CLUSTER_FILE = "from_file"  # an option of the group `cluster` that no packaged file has
 
 
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """One combination of the values that a command line lists: its job, or why it is none."""
+
+    words: tuple[str, ...]  # its overrides, one value each
+    job: Job | None = None
+    fault: LauncherError | None = None
+
+
 def jobs(arguments: Sequence[str]) -> list[Job]:
     """Let Hydra read `arguments`, its own flags included; return the jobs they describe, none after --help."""
-    found: list[Job] = []
-    faults: list[Exception] = []
+    found = combinations(arguments)
+    for composed in found:
+        if composed.fault is not None:
+            raise composed.fault
+    return [composed.job for composed in found if composed.job is not None]
+
+
+def combinations(arguments: Sequence[str]) -> list[Composed]:
+    """Return what `jobs` does, faults of single combinations included; raise for what is wrong with all of them."""
+    found: list[Composed] = []
+    bugs: list[Exception] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://hydra_configs", config_name="config")
     def application(config: DictConfig) -> None:
-        if faults:
-            return  # the first fault ends a sweep
         try:
-            found.append(build_job(config, overrides=HydraConfig.get().overrides.task))
+            found.append(_composed(config, HydraConfig.get().overrides.task, typed=typed))
         except Exception as error:  # carried past Hydra, which would print its own words about it
-            faults.append(error)
+            bugs.append(error)
 
-    words = _in_order(arguments)
+    flags, overrides = split(arguments)
+    # Hydra wants its flags before the overrides.
+    named = [_with_cluster_file(override) for override in overrides]
+    typed = dict(zip(named, overrides, strict=True))
+    words = [*flags, *map(_open, named)]
     # With this set Hydra raises instead of printing; the sentence is ours to make.
     with (
         _environment("HYDRA_FULL_ERROR", "1"),
@@ -79,15 +99,24 @@ def jobs(arguments: Sequence[str]) -> list[Job]:
             raise ConfigError(_missing_option(error)) from error
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(_first_cause(error)) from error
-    if faults and isinstance(faults[0], OmegaConfBaseException):
-        raise ConfigError(str(faults[0]).splitlines()[0]) from faults[0]
-    if faults:
-        raise faults[0]
+    if bugs:
+        raise bugs[0]
     return found
 
 
-def _in_order(arguments: Sequence[str]) -> list[str]:
-    """Check the flags before Hydra does, in one sentence, and put them before the overrides: it wants them so."""
+def _composed(config: DictConfig, overrides: Sequence[str], *, typed: Mapping[str, str]) -> Composed:
+    plain = (word.removeprefix("++") for word in overrides)
+    words = tuple(typed.get(word, word) for word in plain)
+    try:
+        return Composed(words=words, job=build_job(config, overrides=overrides))
+    except OmegaConfBaseException as error:
+        return Composed(words=words, fault=ConfigError(str(error).splitlines()[0]))
+    except LauncherError as error:
+        return Composed(words=words, fault=error)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return Hydra's flags with their values, and the overrides; raise ConfigError for what is neither."""
     parser = get_args_parser()
     # A rerun would read an old pickle of Hydra's; a run directory is what we resume.
     flags = [flag for action in parser._actions for flag in action.option_strings if "rerun" not in flag]
@@ -104,7 +133,7 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     rest = list(arguments)
     for override in overrides:
         rest.remove(override)
-    return [*rest, *map(_open, map(_with_cluster_file, overrides))]
+    return rest, overrides
 
 
 def _with_cluster_file(override: str) -> str:

@@ -165,3 +165,20 @@ def test_switches_of_a_cluster_file_become_tiers(tmp_path: Path) -> None:
     assert [link.size for link in job.cluster.links] == [8, 16, None]
     assert [link.gb_per_s for link in job.cluster.links] == [450, 50, 25]
     assert [switch.name for switch in job.cluster.switches] == ["leaf0", "leaf1", "spine"]
+
+
+def test_combinations_keep_their_words_and_their_faults() -> None:
+    words = ["--multirun", "submit=slurm", "submit.sbatch.time=20", "plan.tp=1,0"]
+    good, bad = compose.combinations(words)
+    assert good.words == ("submit=slurm", "submit.sbatch.time=20", "plan.tp=1")
+    assert good.job is not None and good.fault is None
+    assert bad.job is None and str(bad.fault).startswith("plan.tp=0 must be at least 1")
+    with pytest.raises(ConfigError, match=r"plan\.tp=0 must be at least 1"):
+        compose.jobs(words)
+
+
+def test_flags_and_overrides_are_told_apart() -> None:
+    assert compose.split(["plan.tp=1", "--config-dir", "mine", "-m"]) == (
+        ["--config-dir", "mine", "-m"],
+        ["plan.tp=1"],
+    )
