@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,9 +18,39 @@ from launcher.planner.problem import PlanRequest, Problem
 from launcher.planner.search import predict
 from launcher.run_dir import RunDir, open_run, since_replanned
 
+LEAST = 3  # runs of a folder, of which the one in the middle is no chance
+
 
 def read(folder: Path, job: Job) -> Calibration:
-    """Return measured over predicted of the run in `folder`; raise ConfigError when it says nothing about `job`."""
+    """Return measured over predicted of the run in `folder`, or the median of the runs in it that are like `job`.
+
+    Raise ConfigError when it says nothing about `job`.
+    """
+    inside = sorted(path.parent for path in folder.glob("*/plan.json"))
+    if (folder / "plan.json").exists() or not inside:
+        return _read_one(folder, job)
+    found: list[Calibration] = []
+    refusals: list[ConfigError] = []
+    for path in inside:
+        try:
+            found.append(_read_one(path, job))
+        except ConfigError as error:
+            refusals.append(error)
+    if len(found) < LEAST:
+        why = f"; {refusals[0]}" if refusals else ""
+        raise ConfigError(
+            f"plan.calibration={folder} holds {len(found)} runs that tell about this job and {LEAST} are needed{why}"
+        )
+    return Calibration(
+        time=statistics.median(one.time for one in found),
+        memory=statistics.median(one.memory for one in found),
+        run=str(folder.absolute()),
+        date=max(one.date for one in found),
+        host=", ".join(dict.fromkeys(one.host for one in found)),
+    )
+
+
+def _read_one(folder: Path, job: Job) -> Calibration:
     try:
         run = open_run(folder)
         then = run.job()

@@ -97,6 +97,32 @@ def test_a_run_that_measured_nothing_is_refused(call: Call, finished: Path, tmp_
     assert "holds no measured step time and memory; let that run finish" in outcome.err
 
 
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_folder_of_runs_counts_by_the_one_in_the_middle(
+    call: Call, finished: Path, tmp_path: Path, more: int
+) -> None:
+    folder = tmp_path / "several"
+    for number, factor in enumerate((1.0, 4.0, 2.0)[: 1 + more]):
+        copy = Path(shutil.copytree(finished, folder / str(number)))
+        lines = [
+            json.loads(line) for line in (copy / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for line in lines:
+            if "measured" in line:
+                line["measured"]["step_s"] *= factor
+        (copy / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    outcome = call("plan", *KIND, f"plan.calibration={folder}", "--json")
+    if not more:
+        assert outcome.code == 2 and "holds 1 runs that tell about this job and 3 are needed" in outcome.err
+        return
+    one = call("plan", *KIND, f"plan.calibration={finished}", "--json").json["inputs"]["calibration"]
+    found = outcome.json["inputs"]["calibration"]
+    assert found["time"] == pytest.approx(2 * one["time"]) and found["memory"] == pytest.approx(one["memory"])
+    assert found["run"] == str(folder)
+    other = call("plan", *KIND, "model.num_layers=3", f"plan.calibration={folder}")
+    assert other.code == 2 and "holds 0 runs" in other.err and "another shape of model" in other.err
+
+
 def test_a_folder_that_is_no_run_is_refused(call: Call, tmp_path: Path) -> None:
     outcome = call("plan", *KIND, f"plan.calibration={tmp_path / 'nowhere'}")
     assert outcome.code == 2
