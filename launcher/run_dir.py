@@ -168,6 +168,24 @@ class RunDir:
                 continue
 
 
+_STATES = {
+    "created": "created",
+    "launched": "starting",
+    "started": "running",
+    "stopped": "stopped",
+    "interrupted": "interrupted",
+    "failed": "failed",
+    "restarting": "restarting",
+    "paused": "waiting for devices",
+    "finished": "finished",
+}
+
+
+def state(events: Sequence[dict[str, Any]]) -> str:
+    """The word for where the run stands, from its last telling event."""
+    return next((_STATES[e["event"]] for e in reversed(events) if e["event"] in _STATES), "unknown")
+
+
 def since_replanned(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Leave out what happened under plans that were replaced."""
     last = max((index for index, event in enumerate(events) if event["event"] == "replanned"), default=-1)

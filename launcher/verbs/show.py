@@ -9,20 +9,8 @@ from typing import Any
 
 from launcher.goodput import ledger
 from launcher.monitor.metrics import read
-from launcher.run_dir import RunDir, since_replanned
+from launcher.run_dir import RunDir, since_replanned, state
 from strategies.spec import Plan
-
-STATES = {
-    "created": "created",
-    "launched": "starting",
-    "started": "running",
-    "stopped": "stopped",
-    "interrupted": "interrupted",
-    "failed": "failed",
-    "restarting": "restarting",
-    "paused": "waiting for devices",
-    "finished": "finished",
-}
 
 
 def describe(run: RunDir) -> dict[str, Any]:
@@ -51,11 +39,6 @@ def describe(run: RunDir) -> dict[str, Any]:
         "comparison": compare(plan_data["predictions"], measured),
         "goodput": None if spent is None else spent.record(),
     }
-
-
-def state(events: list[dict[str, Any]]) -> str:
-    """The word for where the run stands, from its last telling event."""
-    return next((STATES[e["event"]] for e in reversed(events) if e["event"] in STATES), "unknown")
 
 
 def compare(

@@ -19,8 +19,7 @@ from rich.text import Text
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.metrics import read
 from launcher.planner.tables import describe
-from launcher.run_dir import RunDir
-from launcher.verbs.show import state
+from launcher.run_dir import RunDir, state
 
 _EVERY_S = 1.0
 _OVER = ("finished", "stopped", "failed", "interrupted")

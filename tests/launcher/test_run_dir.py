@@ -98,3 +98,20 @@ def test_an_error_keeps_its_traceback(run: RunDir) -> None:
     record = json.loads((run.errors / "rank_00003.json").read_text())
     assert (record["type"], record["exit_code"], record["rank"]) == ("ValueError", 1, 3)
     assert Path(record["traceback"]).read_text() == "the trace"
+
+
+@pytest.mark.parametrize(
+    ("events", "expected"),
+    [
+        ([], "unknown"),
+        (["created"], "created"),
+        (["created", "launched"], "starting"),
+        (["created", "launched", "started", "checkpoint"], "running"),
+        (["created", "launched", "started", "checkpoint", "finished"], "finished"),
+        (["created", "launched", "started", "stopped", "interrupted"], "interrupted"),
+        (["created", "launched", "failed", "launched", "resumed", "started"], "running"),
+        (["created", "launched", "started", "failed"], "failed"),
+    ],
+)
+def test_state_is_the_last_telling_event(events: list[str], expected: str) -> None:
+    assert run_dir.state([{"event": event} for event in events]) == expected
