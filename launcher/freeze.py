@@ -51,6 +51,14 @@ def decide(job: Job) -> Decision:
     return Decision(job=job, ranking=ranking, plan=plan, path=_run_path(job, plan.strategy), python=python)
 
 
+def possible(jobs: list[Job]) -> list[Job]:
+    """Raise what any of several jobs cannot be, before the first one is written; return them."""
+    if len(jobs) > 1:
+        for job in jobs:
+            decide(job)
+    return jobs
+
+
 def freeze(job: Job, output: Output, *, in_full: bool = True, runs_here: bool = True) -> RunDir:
     """Decide, and write it down; both as `write` says."""
     return write(decide(job), output, in_full=in_full, runs_here=runs_here)

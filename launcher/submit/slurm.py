@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,14 @@ def flags(named: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def dependency(submit: SubmitConfig, *, before: str | None) -> str | None:
-    """Return what a job waits for: the one before it in the chain, else what the user has named."""
-    return submit.after if before is None else f"afterany:{before}"
+def dependency(submit: SubmitConfig, *, before: str | None, behind: str | None = None) -> str | None:
+    """Return what a job waits for: the one before it in the chain, else what the user has named.
+
+    `behind` is a job of another run whose place it takes; a job that is requeued keeps its place.
+    """
+    if before is not None:
+        return f"afterany:{before}"
+    return ",".join(filter(None, [submit.after, f"afterany:{behind}" if behind else None])) or None
 
 
 # ---- what Slurm says ----------------------------------------------------------------------------------------------
@@ -105,11 +110,17 @@ class JobState:
     reason: str = ""
     hosts: str = ""
     restarts: int = 0
+    exit_code: int | None = None
 
     @property
     def has_ended(self) -> bool:
         """Tell whether it will not run again."""
         return self.state in (*_ENDED, "UNKNOWN")
+
+
+def numbers(events: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the numbers of a run's jobs, of the last submission and all before, oldest first."""
+    return [event["job"] for event in events if event["event"] == "submitted" and "job" in event]
 
 
 def parse_job(text: str) -> JobState:
@@ -124,6 +135,7 @@ def parse_job(text: str) -> JobState:
         reason=field("Reason"),
         hosts=field("NodeList"),
         restarts=int(field("Restarts") or 0),
+        exit_code=int(code) if (code := field("ExitCode").partition(":")[0]) else None,
     )
 
 

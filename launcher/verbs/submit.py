@@ -13,7 +13,7 @@ from typing import Any
 from launcher.config import Job
 from launcher.environments.interpreter import surroundings
 from launcher.errors import FINISHED, ConfigError, TrainingError
-from launcher.freeze import decide, freeze
+from launcher.freeze import decide, freeze, possible
 from launcher.output import Output
 from launcher.run_dir import RunDir
 from launcher.submit import hosts, slurm
@@ -39,7 +39,7 @@ def submit(arguments: list[str], output: Output) -> int:
     dry_run, rest = DRY_RUN in arguments, [word for word in arguments if word != DRY_RUN]
     if words.names_a_run(rest):
         return submit_run(words.open_run("submit", rest), output, dry_run=dry_run)
-    for job in words.jobs("submit", rest, output):
+    for job in possible(words.jobs("submit", rest, output)):
         submit_job(job, output, dry_run=dry_run)
     return FINISHED
 
@@ -56,12 +56,9 @@ def submit_job(job: Job, output: Output, *, dry_run: bool) -> int:
 
 def submit_run(run: RunDir, output: Output, *, dry_run: bool = False) -> int:
     """Start a run that is frozen: a new one, or again one that was given up."""
-    job = run.job()
+    subject = _subject(run)
+    job = subject.job
     _check_place(job)
-    interpreter = run.interpreter()
-    subject = _Subject(
-        path=run.path, job=job, plan=run.plan(), python=interpreter.path if interpreter else sys.executable
-    )
     if dry_run:
         return _tell(subject, output)
     if show.describe(run)["state"] == "finished":
@@ -69,6 +66,13 @@ def submit_run(run: RunDir, output: Output, *, dry_run: bool = False) -> int:
     if job.submit.name == "slurm":
         return _queue(run, subject, output)
     return _on_hosts(run, subject, output)
+
+
+def _subject(run: RunDir) -> _Subject:
+    python = run.interpreter()
+    return _Subject(
+        path=run.path, job=run.job(), plan=run.plan(), python=python.path if python else sys.executable
+    )
 
 
 def _check_place(job: Job) -> None:
@@ -84,15 +88,22 @@ def _check_place(job: Job) -> None:
 # ---- Slurm --------------------------------------------------------------------------------------------------------
 
 
-def _queue(run: RunDir, subject: _Subject, output: Output) -> int:
+def queue(run: RunDir, *, behind: str | None = None) -> list[str]:
+    """Queue a frozen run, begun when the job `behind` has ended; return the numbers of its jobs."""
+    subject = _subject(run)
     (run.path / slurm.STARTS).unlink(missing_ok=True)  # a person asks: the count of starts begins anew
     environment = surroundings(os.environ, subject.python)
     ids: list[str] = []
     for _ in range(subject.job.submit.chain):
-        after = slurm.dependency(subject.job.submit, before=ids[-1] if ids else None)
+        after = slurm.dependency(subject.job.submit, before=ids[-1] if ids else None, behind=behind)
         argv = _sbatch(subject, after)
         ids.append(slurm.queue(argv, environment=environment, directory=run.path))
         run.log_event("submitted", job=ids[-1], command=argv)
+    return ids
+
+
+def _queue(run: RunDir, subject: _Subject, output: Output) -> int:
+    ids = queue(run)
     output.say(f"log       {run.path / slurm.LOG}")
     told = f"submitted {' '.join(ids)}; `meshwright status {run.path}` tells how it goes"
     output.say(told)
@@ -178,7 +189,7 @@ def _tell(subject: _Subject, output: Output) -> int:
 def status(arguments: list[str], output: Output) -> int:
     """Tell where the run and its jobs stand."""
     run = words.open_run("status", arguments)
-    jobs = {number: slurm.ask(number) for number in _jobs(run)}
+    jobs = {number: slurm.ask(number) for number in slurm.numbers(run.events())}
     facts = show.describe(run)
     lines = [
         f"job {number}  {job.state.lower()} {job.reason if not job.has_ended else ''}".rstrip()
@@ -199,11 +210,20 @@ def status(arguments: list[str], output: Output) -> int:
 
 
 def cancel(arguments: list[str], output: Output) -> int:
-    """Ask a running job to leave with a checkpoint; take those that wait, or with --now all, out of the queue."""
-    at_once = NOW in arguments
+    """End the jobs of a run, and say how."""
     run = words.open_run("cancel", [word for word in arguments if word != NOW])
+    told = end(run, at_once=NOW in arguments)
+    output.result({"run_dir": str(run.path), "done": told}, "\n".join(told) or "no job of this run is queued")
+    return FINISHED
+
+
+def end(run: RunDir, *, at_once: bool) -> list[str]:
+    """Ask a running job to leave with a checkpoint; take those that wait, or with `at_once` all, out of the queue.
+
+    Return what was done, a sentence each.
+    """
     told = []
-    for number in _jobs(run):
+    for number in slurm.numbers(run.events()):
         job = slurm.ask(number)
         if job.has_ended:
             continue
@@ -213,11 +233,10 @@ def cancel(arguments: list[str], output: Output) -> int:
         else:
             slurm.run(["scancel", number])
             told.append(f"job {number} is cancelled")
-    if not told and not _jobs(run):
+    if not told and not slurm.numbers(run.events()):
         run.stop_file.touch()
         told.append("the run leaves after this step with a checkpoint")
-    output.result({"run_dir": str(run.path), "done": told}, "\n".join(told) or "no job of this run is queued")
-    return FINISHED
+    return told
 
 
 def logs(arguments: list[str], output: Output) -> int:
@@ -251,12 +270,7 @@ def _grown(path: Path, *, until: Callable[[], bool]) -> Iterator[str]:
 
 
 def _is_over(run: RunDir) -> bool:
-    numbers = _jobs(run)
+    numbers = slurm.numbers(run.events())
     if numbers:
         return all(slurm.ask(number).has_ended for number in numbers)
     return show.describe(run)["state"] not in ("created", "starting", "running")
-
-
-def _jobs(run: RunDir) -> list[str]:
-    """Numbers of the jobs of the last submission and all before, oldest first."""
-    return [event["job"] for event in run.events() if event["event"] == "submitted" and "job" in event]

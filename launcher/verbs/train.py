@@ -21,7 +21,7 @@ def train(arguments: list[str], output: Output) -> int:
     """Plan each job, freeze its run directory, and train here; stop at the first that fails."""
     if torchrun.started_us() and os.environ["RANK"] != "0" and not words.only_asks(arguments):
         torchrun.become_worker(["--from-rank0"])
-    for job in words.jobs("train", arguments, output):
+    for job in freeze.possible(words.jobs("train", arguments, output)):
         code = _train_one(job, output)
         if code != FINISHED:
             return code
@@ -65,11 +65,16 @@ def _replan(run: RunDir, changes: Sequence[str]) -> None:
     replan.replan(run, changes, rank=freeze.rank, check=lambda job, plan: local.check_gpus(job.cluster, plan))
 
 
-def _drive(run: RunDir, output: Output) -> int:
+def work(run: RunDir, output: Output) -> int:
+    """Train a frozen run here, on this host's GPUs in their order; return 0, 129, 130 or 143."""
     cluster = run.job().cluster
     if cluster.gpu.device == "cuda" and cluster.gpus_per_node > 1:
         placement.place(os.environ)  # the workers inherit it
-    code = run_workers(run, quiet_stdout=output.as_json)
+    return run_workers(run, quiet_stdout=output.as_json)
+
+
+def _drive(run: RunDir, output: Output) -> int:
+    code = work(run, output)
     if code == FINISHED and show.describe(run)["state"] == "finished":
         checks.check(run, quiet_stdout=output.as_json, say=output.say)
     see.tell(run, output)

@@ -71,6 +71,17 @@ def test_multirun_prints_one_document_a_job(
     assert not any(tmp_path.iterdir()), "Hydra must leave nothing where we stand"
 
 
+@pytest.mark.parametrize("verb", [("train",), ("submit", "submit=slurm")])
+def test_what_one_of_several_jobs_cannot_be_is_told_before_the_first_begins(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("strategy=fake", "training.global_batch_size=8", "cluster.gpus_per_node=1", "--multirun")
+    outcome = call(verb[0], *verb[1:], *words, "plan.micro_batch_size=2,3")
+    assert outcome.code == 3 and "plan.micro_batch_size=3" in outcome.err
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -39,8 +39,15 @@ SUBMITS: dict[str, dict[str, Any]] = {
         "sbatch": {"comment": "two\nlines", "gres": ["gpu:h100:8", "nvme:1"]},
     },
     "chained": {"requeue": False, "after": "afterok:17"},
+    "of_a_sweep": {"after": "afterok:17", "sbatch": {"time": 20}},
 }
-PATHS = {"plain": "/shared/runs/one", "pyxis": '/shared/it\'s "one" run\nof 100%j', "apptainer": "/s/a\\b%j"}
+BEHIND = {"of_a_sweep": "23"}
+PATHS = {
+    "of_a_sweep": "/shared/a sweep/02-tp-2",
+    "plain": "/shared/runs/one",
+    "pyxis": '/shared/it\'s "one" run\nof 100%j',
+    "apptainer": "/s/a\\b%j",
+}
 PLAN = Plan(strategy="megatron", dp=4, tp=8, pp=2)
 
 
@@ -58,7 +65,7 @@ def argv_of(name: str, job: Job) -> list[str]:
         job=replace(job, submit=submit),
         plan=PLAN,
         python="/v/bin/python",
-        after=slurm.dependency(submit, before=None),
+        after=slurm.dependency(submit, before=None, behind=BEHIND.get(name)),
         script=Path("/m/train.sbatch"),
     )
 
@@ -82,6 +89,13 @@ def test_a_later_job_waits_for_the_one_before_it() -> None:
     submit = SubmitConfig(name="slurm", after="afterok:1")
     assert slurm.dependency(submit, before=None) == "afterok:1"
     assert slurm.dependency(submit, before="7") == "afterany:7"
+    assert slurm.dependency(submit, before="7", behind="3") == "afterany:7"
+    assert slurm.dependency(SubmitConfig(name="slurm"), before=None, behind="3") == "afterany:3"
+
+
+def test_numbers_of_jobs_are_those_of_all_submissions() -> None:
+    events = [{"event": "submitted", "job": "3"}, {"event": "submitted"}, {"event": "started", "job": "4"}]
+    assert slurm.numbers([*events, {"event": "submitted", "job": "5"}]) == ["3", "5"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,8 @@ def test_a_job_is_read_as_scontrol_tells_it() -> None:
     assert not job.has_ended
     assert slurm.parse_job("JobId=7 JobState=NODE_FAIL Restarts=0 NodeList=node[0-1]").has_ended
     assert slurm.parse_job("").has_ended
+    assert slurm.parse_job("JobId=7 JobState=FAILED ExitCode=9:0").exit_code == 9
+    assert slurm.parse_job("JobId=7").exit_code is None
 
 
 def tool(folder: Path, name: str, script: str) -> None:
