@@ -12,7 +12,7 @@ from typing import NoReturn
 from launcher import __version__, compose
 from launcher.errors import FINISHED, INTERRUPTED, ConfigError, LauncherError
 from launcher.output import Output, open_standard_streams, print_line
-from launcher.verbs import compare, env, plan, probe, see, submit, train, verify
+from launcher.verbs import compare, env, plan, probe, see, submit, sweep, train, verify
 from strategies.names import suggest
 
 USAGE = """\
@@ -26,6 +26,10 @@ meshwright VERB [key=value ...] [--json]
   train             plan, freeze a run directory, and train here
   compare           train the same model on the same data with several engines, strategies=[a,b] or all of them,
                     and hold their losses against each other: a table and a picture
+  sweep             train every combination of plan.tp=1,2 and the like, or the planner's best with top_k=5, here or
+                    with submit=slurm, and rank what was measured; sweep.steps=20 for short trials, --dry-run
+                    only tells. A SWEEP_DIR behind it tells again; resume and cancel take one as well
+  best SWEEP_DIR    print the command that launches its fastest point; --per-gpu
   resume RUN_DIR    go on from the newest good checkpoint; plan.tp=1 and the like behind it go on under another
                     plan, where the engine's checkpoints allow it
   submit [RUN_DIR]  plan, freeze and queue with submit=slurm, print with submit=torchrun, start on hosts with
@@ -43,8 +47,8 @@ meshwright VERB [key=value ...] [--json]
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
-`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify, train, compare, submit:
---cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
+`meshwright plan --help` lists all groups and keys. Hydra's flags work after plan, verify, train, compare, sweep and
+submit: --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: eval "$(meshwright -sc install=bash)".
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
 6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 12 a lost rank, 13 a hang,
@@ -97,17 +101,31 @@ def _dispatch(words: Sequence[str], output: Output) -> int:
     return VERBS[verb](rest, output)
 
 
-_OWN_HELP = ("resume", "export", "show", "report", "watch", "status", "cancel", "logs", "probe", "env")
+_OWN_HELP = (
+    "best",
+    "resume",
+    "export",
+    "show",
+    "report",
+    "watch",
+    "status",
+    "cancel",
+    "logs",
+    "probe",
+    "env",
+)
 VERBS: dict[str, Callable[[list[str], Output], int]] = {
     "plan": plan.plan,
     "verify": verify.run,
     "train": train.train,
     "submit": submit.submit,
-    "status": submit.status,
-    "cancel": submit.cancel,
+    "status": sweep.status,
+    "cancel": sweep.cancel,
     "logs": submit.logs,
     "compare": compare.compare,
-    "resume": train.resume,
+    "sweep": sweep.sweep,
+    "best": sweep.best,
+    "resume": sweep.resume,
     "show": see.show,
     "report": see.report,
     "watch": see.watch,

@@ -131,6 +131,20 @@ class SuperviseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """How `meshwright sweep` tries its points; without meaning for one run."""
+
+    top_k: int | None = None  # the planner's best so many plans of each job; null: its choice
+    steps: int | None = None  # a short trial of each point; null: all of training.num_steps
+    max_parallel: int | None = None  # jobs of submit=slurm that may run side by side; null: as many as fit
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"sweep.{key}={value} must be at least 1; null sets no limit")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything one run needs, decoded."""
 
@@ -146,6 +160,7 @@ class Job:
     evaluation: EvaluationConfig
     checks: ChecksConfig
     strategies: tuple[str, ...] | None = None  # of `compare`; null: every engine
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     goal: Goal = field(default_factory=Goal)
     weights: str | None = None  # folder of Hugging Face weights to start from; null: a seeded random start

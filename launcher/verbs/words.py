@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher import compose, run_dir
 from launcher.cluster import nccl
-from launcher.config import Job
+from launcher.config import Job, SweepConfig
 from launcher.errors import ConfigError
 from launcher.output import Output, print_line
 from launcher.run_dir import RunDir
@@ -19,20 +19,32 @@ _ASKING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info",
 
 def jobs(verb: str, arguments: Sequence[str], output: Output) -> list[Job]:
     """Compose the jobs that a verb is about; raise ConfigError for words that are another verb's."""
-    _refuse_questions(verb, arguments)
-    if output.as_json and only_asks(arguments):
-        raise ConfigError(f"--json has no document for {' '.join(arguments)}; leave --json out")
+    check(verb, arguments, output)
     found = compose.jobs(arguments)
     several = next((job.strategies for job in found if job.strategies is not None), None)
     if several is not None and verb != "compare":
         raise ConfigError(
             f"strategies=[{','.join(several)}] is a key of `meshwright compare`; name one engine with strategy=NAME"
         )
+    if any(job.sweep != SweepConfig() for job in found):
+        raise ConfigError("top_k and sweep.* are keys of `meshwright sweep`; leave them out")
     for job in found:
-        told = nccl.report(job.cluster, deterministic=job.training.deterministic)
-        for sentence in nccl.warnings(told):
-            print_line(f"meshwright: {sentence}", sys.stderr)
+        warn(job)
     return found
+
+
+def check(verb: str, arguments: Sequence[str], output: Output) -> None:
+    """Raise ConfigError for words that are another verb's, before any is composed."""
+    _refuse_questions(verb, arguments)
+    if output.as_json and only_asks(arguments):
+        raise ConfigError(f"--json has no document for {' '.join(arguments)}; leave --json out")
+
+
+def warn(job: Job) -> None:
+    """Tell what NCCL would inherit and should not."""
+    told = nccl.report(job.cluster, deterministic=job.training.deterministic)
+    for sentence in nccl.warnings(told):
+        print_line(f"meshwright: {sentence}", sys.stderr)
 
 
 def only_asks(arguments: Sequence[str]) -> bool:

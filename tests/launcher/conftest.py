@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import pytest
 
 import strategies
+from launcher import cli
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.environments import catalogue
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, MemoryCost, TimeCost
@@ -176,6 +179,22 @@ def mixture() -> Ranking:
         ),
         rejected=(),
     )
+
+
+SWEPT = (
+    *("strategy=fake", "cluster.gpus_per_node=1", "data.max_bytes=200000", "training.sequence_length=32"),
+    *("training.global_batch_size=8", "monitor=none"),
+)
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of three points in short trials, and one that was dropped; every test reads it and none changes it."""
+    folder = tmp_path_factory.mktemp("swept") / "a sweep"
+    words = ("plan.micro_batch_size=1,2,4,3", "sweep.steps=12", f"run_dir='{folder}'")
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert cli.run(["sweep", *SWEPT, *words]) == 0
+    return folder
 
 
 def wheel(folder: Path, name: str, version: str) -> None:
