@@ -171,6 +171,45 @@ def test_a_crash_loop_stops_at_its_bound_and_a_time_limit_does_not_count_as_one(
     assert "stopped on request, with a checkpoint" in log(run)
 
 
+def test_a_sweep_drops_what_cannot_be_trains_the_rest_and_ranks_it(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path / "it's 100%j\nof a sweep"
+    quoted = str(folder).replace("'", "\\'")
+    points = (
+        "cluster.num_nodes=1,2",
+        "plan.micro_batch_size=1,2,3",
+        "cluster.gpus_per_node=1",
+        "strategy=fake",
+    )
+    how = (
+        "submit=slurm",
+        "submit.sbatch.time=20",
+        "sweep.steps=12",
+        "sweep.max_parallel=3",
+        "submit.wait=true",
+    )
+    try:
+        outcome = call("sweep", *SMALL, *points, *how, f"run_dir='{quoted}'")
+    finally:
+        call("cancel", str(folder), "--now")
+    assert outcome.code == 0, outcome.err
+    assert "4 points to try, 2 dropped" in outcome.out and "fastest   0" in outcome.out
+    told = call("sweep", str(folder), "--json").json
+    assert [point["state"] for point in told["points"]] == ["finished"] * 4, outcome.out
+    assert sorted(point["num_nodes"] for point in told["points"]) == [1, 1, 2, 2]
+    assert [found["exit_code"] for found in told["dropped"]] == [3, 3]
+    assert told["is_over"] and told["winner"] == told["points"][0]["name"]
+    runs = [folder / name for name in sorted(point["name"] for point in told["points"])]
+    assert [len(log(run)) > 0 for run in runs] == [True] * 4
+    ended = next(event["time"] for event in events(runs[0]) if event["event"] == "finished")
+    begun = next(event["time"] for event in events(runs[3]) if event["event"] == "started")
+    assert begun > ended, "no more than three side by side"
+    best = call("best", str(folder), "--json").json["command"]
+    assert best[:2] == ["meshwright", "submit"] and "submit=slurm" in best
+
+
 def test_plans_are_made_for_what_slurm_has(call: Callable[..., Any]) -> None:
     told = call("plan", "cluster=slurm", "model=llama3_8b", "strategy=megatron", "--json")
     assert told.code == 0, told.err
