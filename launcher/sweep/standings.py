@@ -130,14 +130,18 @@ def sentences(standings: Standings, *, folder: str) -> list[str]:
         told.append(f"fastest   {best.name}: {best.tokens_per_s:,.0f} tokens/s")
     if best is not None and thrifty is not None and thrifty is not best:
         told.append(f"per GPU   {thrifty.name}: {thrifty.tokens_per_s_per_gpu:,.0f} tokens/s/GPU")
-    for found in accuracies(standings):
-        words = f"predicted {found.strategy}: step times off by {found.before:,.0%} in the median of {found.num_points}"
-        if found.after is None:
-            words += f"; {LEAST} measured points would scale them"
-        else:
-            words += f", by {found.after:,.0%} scaled by the other points, as plan.calibration={folder} does"
-        told.append(words)
-    return told
+    return told + [f"predicted {_words(found, folder=folder)}" for found in accuracies(standings)]
+
+
+def _words(found: Accuracy, *, folder: str) -> str:
+    off = (
+        f"{found.strategy}: step times off by {found.before:,.0%} in the median of {found.num_points} points"
+    )
+    if found.after is None:
+        return f"{off}; {LEAST} would tell a common factor"
+    if found.after < found.before:
+        return f"{off}, by {found.after:,.0%} once scaled by the others; plan.calibration={folder} does that"
+    return f"{off}, by {found.after:,.0%} once scaled by the others: no common factor explains them"
 
 
 def rows(standings: Standings) -> list[tuple[str, ...]]:

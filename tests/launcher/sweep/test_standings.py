@@ -66,14 +66,19 @@ def test_predictions_are_scaled_by_the_other_points_of_their_engine() -> None:
     (found,) = accuracies(ranked(points, ()))
     assert found.before == pytest.approx(0.5)
     assert found.after is not None and found.after < 0.06
-    assert "off by 50% in the median of 4, by " in sentences(ranked(points, ()), folder="/s")[-1]
-    assert "plan.calibration=/s" in sentences(ranked(points, ()), folder="/s")[-1]
+    told = sentences(ranked(points, ()), folder="/s")[-1]
+    assert "off by 50% in the median of 4 points, by " in told and "; plan.calibration=/s does that" in told
+
+
+def test_points_without_a_common_factor_are_not_scaled() -> None:
+    points = [replace(POINT, name=str(n), measured_s=s) for n, s in enumerate((0.2, 1.0, 5.0))]
+    assert sentences(ranked(points, ()), folder="/s")[-1].endswith(": no common factor explains them")
 
 
 def test_two_points_scale_nothing() -> None:
     found = ranked([POINT, WIDE], ())
     assert [one.after for one in accuracies(found)] == [None]
-    assert sentences(found, folder="/s")[-1].endswith("; 3 measured points would scale them")
+    assert sentences(found, folder="/s")[-1].endswith("; 3 would tell a common factor")
 
 
 def test_nothing_measured_is_no_winner() -> None:
