@@ -85,7 +85,9 @@ def _state(run: RunDir, events: list[dict[str, Any]]) -> tuple[str, str | None, 
         return state, None, None
     if job.has_ended and state != "stopped":
         return "failed", *_cause(run, job)
-    return ("queued" if job.state == "PENDING" else state), None, None
+    if job.state == "PENDING":
+        return "queued", None, None
+    return ("starting" if state == "created" else state), None, None
 
 
 def _ask(number: str) -> JobState | None:

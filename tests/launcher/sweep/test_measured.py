@@ -63,7 +63,7 @@ def test_a_point_in_the_queue_waits(point: RunDir, monkeypatch: pytest.MonkeyPat
     assert told(point, JobState(state="PENDING"), monkeypatch).state == "created", "nothing is queued yet"
     point.log_event("submitted", job="7")
     assert told(point, JobState(state="PENDING"), monkeypatch).state == "queued"
-    assert told(point, JobState(state="RUNNING"), monkeypatch).state == "created"
+    assert told(point, JobState(state="RUNNING"), monkeypatch).state == "starting"
     assert told(point, JobState(state="RUNNING"), monkeypatch).measured_s is None
 
 

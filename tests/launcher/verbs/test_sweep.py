@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shlex
 import shutil
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from launcher import cli
 from launcher.errors import DeviceMemoryError
 from launcher.output import Output
 from launcher.run_dir import RunDir, open_run
@@ -175,10 +178,11 @@ def test_nothing_measured_has_no_best(call: Call, copy: Path) -> None:
 # ---- Slurm, by stand-ins; the real one is in tests/slurm -----------------------------------------------------------
 
 
-@pytest.fixture
-def queued(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sweep of four points on stand-ins for Slurm's commands, two jobs at a time."""
-    tools = tmp_path / "tools"
+@pytest.fixture(scope="module")
+def queued_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a sweep of four points, two jobs at a time, and stand-ins for Slurm's commands that queued it."""
+    folder = tmp_path_factory.mktemp("queued")
+    tools = folder / "tools"
     tools.mkdir()
     note = 'for word in "$@"; do printf "%s\\0" "$word"; done >> "$0.said"; printf "\\n" >> "$0.said"'
     scripts = {
@@ -189,12 +193,20 @@ def queued(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in scripts.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     words = ("submit=slurm", "plan.micro_batch_size=1,2,4,8", "cluster.num_nodes=1", "sweep.max_parallel=2")
-    outcome = call("sweep", *SMALL, *words, f"run_dir={tmp_path / 's'}", "submit.after=afterok:99")
-    assert outcome.code == 0, outcome.err
-    assert "queued, step 0 of 300" in outcome.out
-    return tools
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+        assert cli.run(["sweep", *SMALL, *words, f"run_dir={folder / 's'}", "submit.after=afterok:99"]) == 0
+    assert "queued, step 0 of 300" in out.getvalue()
+    return folder
+
+
+@pytest.fixture
+def queued(queued_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it in `tmp_path`; returns the folder of the stand-ins."""
+    shutil.copytree(queued_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'tools'}:/usr/bin:/bin")
+    return tmp_path / "tools"
 
 
 def dependencies(tools: Path) -> list[list[str]]:
