@@ -102,9 +102,17 @@ def place_of(expansion: Expansion) -> Path:
     return path
 
 
+def entries_of(expansion: Expansion) -> tuple[Entry, ...]:
+    """Return the points under the names that their run directories get."""
+    return tuple(
+        Entry(name=f"{number:02d}-{point.label}".rstrip("-"), words=point.words, shown=point.shown)
+        for number, point in enumerate(expansion.points, start=1)
+    )
+
+
 def create(expansion: Expansion, *, path: Path, command: Sequence[str]) -> SweepDir:
     """Freeze every point and write sweep.json behind them; after a fault nothing is left."""
-    entries = _entries(expansion)
+    entries = entries_of(expansion)
     sweep = SweepDir(path=path, record=_record(expansion, entries, command))
     try:
         for entry, point in zip(entries, expansion.points, strict=True):
@@ -121,18 +129,22 @@ def create(expansion: Expansion, *, path: Path, command: Sequence[str]) -> Sweep
     return sweep
 
 
+def lock(sweep: SweepDir) -> int:
+    """Take the sweep for this process until the returned descriptor is closed."""
+    try:
+        return run_dir.lock(RunDir(path=sweep.path))
+    except RunDirError as error:
+        raise RunDirError(
+            f"{sweep.path} is being gone on with by another `meshwright sweep` or `resume`, or cannot be locked; "
+            "wait for that one, or stop it with Ctrl-C"
+        ) from error
+
+
 class _Silent(Output):
     """Points are told of by the table of the sweep."""
 
     def say(self, text: str) -> None:
         """Say nothing."""
-
-
-def _entries(expansion: Expansion) -> tuple[Entry, ...]:
-    return tuple(
-        Entry(name=f"{number:02d}-{point.label}".rstrip("-"), words=point.words, shown=point.shown)
-        for number, point in enumerate(expansion.points, start=1)
-    )
 
 
 def _record(expansion: Expansion, entries: tuple[Entry, ...], command: Sequence[str]) -> Record:

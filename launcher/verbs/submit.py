@@ -13,7 +13,7 @@ from typing import Any
 from launcher.config import Job
 from launcher.environments.interpreter import surroundings
 from launcher.errors import FINISHED, ConfigError, TrainingError
-from launcher.freeze import decide, freeze, possible
+from launcher.freeze import Decision, decide, freeze, possible
 from launcher.output import Output
 from launcher.run_dir import RunDir
 from launcher.submit import hosts, slurm
@@ -100,6 +100,13 @@ def queue(run: RunDir, *, behind: str | None = None) -> list[str]:
         ids.append(slurm.queue(argv, environment=environment, directory=run.path))
         run.log_event("submitted", job=ids[-1], command=argv)
     return ids
+
+
+def call(decision: Decision, path: Path, *, behind: str | None) -> list[str]:
+    """Return what `queue` would run first for a run that would be frozen in `path`."""
+    job = decision.job
+    subject = _Subject(path=path, job=job, plan=decision.plan, python=decision.python.path)
+    return _sbatch(subject, slurm.dependency(job.submit, before=None, behind=behind))
 
 
 def _queue(run: RunDir, subject: _Subject, output: Output) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import torchrun
+from launcher.decode import encode
 from launcher.errors import (
     FINISHED,
     INTERRUPTED,
@@ -25,7 +27,16 @@ from launcher.planner.tables import describe, grid, seconds_text
 from launcher.report.document import write
 from launcher.run_dir import RunDir
 from launcher.submit import slurm
-from launcher.sweep.folder import Entry, SweepDir, create, is_sweep, open_sweep, place_of
+from launcher.sweep.folder import (
+    Entry,
+    SweepDir,
+    create,
+    entries_of,
+    is_sweep,
+    lock,
+    open_sweep,
+    place_of,
+)
 from launcher.sweep.measured import stand, standing
 from launcher.sweep.page import page
 from launcher.sweep.points import Dropped, Expansion, expand, pin_words
@@ -57,7 +68,8 @@ def sweep(arguments: list[str], output: Output) -> int:
             f"none of the {len(expansion.dropped)} points can be trained: {expansion.dropped[0].reason}"
         )
     if DRY_RUN in arguments:
-        output.result(_plan_of(expansion))
+        data, text = _would_be(expansion, path)
+        output.result(data, text)
         return FINISHED
     written = create(expansion, path=path, command=["meshwright", "sweep", *arguments])
     output.say(f"\nsweep directory {written.path}")
@@ -110,10 +122,13 @@ def launch_command(folder: SweepDir, entry: Entry) -> list[str]:
 def go_on(folder: SweepDir, output: Output) -> int:
     """Train or queue every point that is not finished, then tell; an interruption leaves what is finished."""
     here = folder.record.place == "local"
+    descriptor = lock(folder)
     try:
         code = _train(folder, output) if here else _queue(folder, output)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    finally:
+        os.close(descriptor)
     if code != FINISHED:
         queued = "" if here else "jobs that are queued go on by themselves; "
         again = f"`meshwright resume {shlex.quote(str(folder.path))}`"
@@ -243,10 +258,17 @@ def _planned(expansion: Expansion) -> list[tuple[str, ...]]:
     return found
 
 
-def _plan_of(expansion: Expansion) -> dict[str, Any]:
+def _would_be(expansion: Expansion, path: Path) -> tuple[dict[str, Any], str]:
+    """Return what would be tried, with the calls of sbatch; where one waits for another, JOB is that one's number."""
+    most = expansion.job.sweep.max_parallel
+    calls: list[list[str]] = []
+    if expansion.job.submit.name == "slurm":
+        for number, (entry, point) in enumerate(zip(entries_of(expansion), expansion.points, strict=True)):
+            behind = "JOB" if most is not None and number >= most else None
+            calls.append(submit.call(point.decision, path / entry.name, behind=behind))
     points = [{"words": list(p.words), "plan": describe(p.decision.plan)} for p in expansion.points]
-    dropped = [{"shown": d.shown, "reason": d.reason, "exit_code": d.exit_code} for d in expansion.dropped]
-    return {"points": points, "dropped": dropped}
+    data = {"points": points, "dropped": encode(expansion.dropped), "commands": calls}
+    return data, "\n".join(["", *map(shlex.join, calls)] if calls else [])
 
 
 def _text(folder: SweepDir, found: Standings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from launcher import cli
 from launcher.errors import DeviceMemoryError
 from launcher.output import Output
 from launcher.run_dir import RunDir, open_run
+from launcher.sweep.folder import lock, open_sweep
 from launcher.verbs import train
 
 Call = Callable[..., Any]
@@ -141,6 +143,27 @@ def test_a_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:
         [f"plan.micro_batch_size={size}"] for size in (1, 2, 4)
     ]
     assert not (tmp_path / "s").exists()
+
+
+def test_a_dry_run_on_slurm_prints_each_call(call: Call, tmp_path: Path) -> None:
+    words = ("submit=slurm", "cluster.num_nodes=1,2", "sweep.max_parallel=1", f"run_dir={tmp_path / 's'}")
+    outcome = call("sweep", *SMALL, *words, "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    first, second = outcome.json["commands"]
+    assert first[0] == "sbatch" and "--nodes=1" in first and not any("dependency" in word for word in first)
+    assert "--nodes=2" in second and "--dependency=afterany:JOB" in second
+    assert str(tmp_path / "s" / "02-cluster.num_nodes-2") in second
+    assert shlex.join(second) in call("sweep", *SMALL, *words, "--dry-run").out
+
+
+def test_a_sweep_is_gone_on_with_once_at_a_time(call: Call, copy: Path) -> None:
+    descriptor = lock(open_sweep(copy))
+    try:
+        outcome = call("resume", str(copy))
+    finally:
+        os.close(descriptor)
+    assert outcome.code == 5 and "is being gone on with by another `meshwright sweep`" in outcome.err
+    assert call("sweep", str(copy)).code == 0, "it may be told of meanwhile"
 
 
 def test_where_nothing_can_be_trained_nothing_is_written(call: Call, tmp_path: Path) -> None:
