@@ -75,7 +75,10 @@ def combinations(arguments: Sequence[str]) -> list[Composed]:
     @hydra.main(version_base="1.3", config_path="pkg://hydra_configs", config_name="config")
     def application(config: DictConfig) -> None:
         try:
-            found.append(_composed(config, HydraConfig.get().overrides.task, typed=typed))
+            # As typed: what a word refers to is another value in every combination.
+            overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+            assert isinstance(overrides, list)
+            found.append(_composed(config, [str(word) for word in overrides], typed=typed))
         except Exception as error:  # carried past Hydra, which would print its own words about it
             bugs.append(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import sys
@@ -51,7 +52,8 @@ _PINNED = ("plan.", "plan=", "strategy=")  # words that the pins of a plan repla
 def sweep(arguments: list[str], output: Output) -> int:
     """Plan all points, drop what cannot be, and train or queue the rest; of a SWEEP_DIR tell how it stands."""
     if words.names_a_run(arguments):
-        return tell(open_sweep(Path(arguments[0]).expanduser()), output)
+        tell(open_sweep(Path(arguments[0]).expanduser()), output)
+        return FINISHED
     words.check("sweep", arguments, output)
     if torchrun.started_us():
         raise ConfigError(
@@ -76,14 +78,15 @@ def sweep(arguments: list[str], output: Output) -> int:
     return go_on(written, output)
 
 
-def tell(folder: SweepDir, output: Output) -> int:
-    """Print where the points stand, fastest first, and write the page."""
+def tell(folder: SweepDir, output: Output) -> Standings:
+    """Print where the points stand, fastest first, and write the page where the folder can be written."""
     found = stand(folder)
-    write(folder.page, page(found, name=folder.path.name, folder=str(folder.path)))
+    with contextlib.suppress(LauncherError):
+        write(folder.page, page(found, name=folder.path.name, folder=str(folder.path)))
     output.result(
         {"sweep": str(folder.path), "page": str(folder.page), **to_json(found)}, _text(folder, found)
     )
-    return FINISHED
+    return found
 
 
 def best(arguments: list[str], output: Output) -> int:
@@ -133,8 +136,8 @@ def go_on(folder: SweepDir, output: Output) -> int:
         queued = "" if here else "jobs that are queued go on by themselves; "
         again = f"`meshwright resume {shlex.quote(str(folder.path))}`"
         print_line(f"meshwright: interrupted; {queued}{again} takes up the points that are left", sys.stderr)
-    tell(folder, output)
-    if code == FINISHED and _is_lost(folder):
+    found = tell(folder, output)
+    if code == FINISHED and found.is_over and not any(point.is_finished for point in found.points):
         # The table is the answer; a fault would put its own document in its place.
         print_line(
             f"meshwright: no point of {folder.path} has finished; the table says what each failed of",
@@ -153,7 +156,10 @@ def resume(arguments: list[str], output: Output) -> int:
 def status(arguments: list[str], output: Output) -> int:
     """Tell how the points of a sweep stand, or a run."""
     folder = _folder(arguments)
-    return submit.status(arguments, output) if folder is None else tell(folder, output)
+    if folder is None:
+        return submit.status(arguments, output)
+    tell(folder, output)
+    return FINISHED
 
 
 def cancel(arguments: list[str], output: Output) -> int:
@@ -161,6 +167,10 @@ def cancel(arguments: list[str], output: Output) -> int:
     folder = _folder([word for word in arguments if word != submit.NOW])
     if folder is None:
         return submit.cancel(arguments, output)
+    if folder.record.place == "local":
+        raise ConfigError(
+            f"{folder.path} is trained by a `meshwright sweep` of this host; stop that with Ctrl-C"
+        )
     at_once = submit.NOW in arguments
     told = {entry.name: submit.end(folder.run(entry), at_once=at_once) for entry in folder.record.points}
     lines = [f"{name}: {sentence}" for name, done in told.items() for sentence in done]
@@ -221,12 +231,6 @@ def _queue(folder: SweepDir, output: Output) -> int:
 
 def _live(run: RunDir) -> list[str]:
     return [number for number in slurm.numbers(run.events()) if not slurm.ask(number).has_ended]
-
-
-def _is_lost(folder: SweepDir) -> bool:
-    """Tell whether all is over and nothing came of it."""
-    found = stand(folder)
-    return found.is_over and not any(point.is_finished for point in found.points)
 
 
 # ---- words --------------------------------------------------------------------------------------------------------

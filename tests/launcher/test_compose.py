@@ -168,10 +168,12 @@ def test_switches_of_a_cluster_file_become_tiers(tmp_path: Path) -> None:
 
 
 def test_combinations_keep_their_words_and_their_faults() -> None:
-    words = ["--multirun", "submit=slurm", "submit.sbatch.time=20", "plan.tp=1,0"]
+    own = "report='${model.name}-${plan.tp}.html'"
+    words = ["--multirun", "submit=slurm", "submit.sbatch.time=20", own, "plan.tp=1,0"]
     good, bad = compose.combinations(words)
-    assert good.words == ("submit=slurm", "submit.sbatch.time=20", "plan.tp=1")
+    assert good.words == ("submit=slurm", "submit.sbatch.time=20", own, "plan.tp=1")
     assert good.job is not None and good.fault is None
+    assert good.job.report == "debug_tiny-1.html"
     assert bad.job is None and str(bad.fault).startswith("plan.tp=0 must be at least 1")
     with pytest.raises(ConfigError, match=r"plan\.tp=0 must be at least 1"):
         compose.jobs(words)

@@ -191,6 +191,12 @@ def test_wrong_words_are_one_sentence(call: Call, words: tuple[str, ...], code: 
     assert outcome.code == code and sentence in outcome.err
 
 
+def test_a_sweep_here_is_not_cancelled_from_elsewhere(call: Call, swept: Path) -> None:
+    outcome = call("cancel", str(swept))
+    assert outcome.code == 2 and "stop that with Ctrl-C" in outcome.err
+    assert not list(swept.glob("*/stop"))
+
+
 def test_nothing_measured_has_no_best(call: Call, copy: Path) -> None:
     for name in NAMES:
         forget(copy, name)
