@@ -40,6 +40,8 @@ meshwright VERB [key=value ...] [--json]
                     write one page of it, or of several runs beside each other: out=compare.html
   watch RUN_DIR     the run on this terminal as it goes; --once for one look
   probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
+  probe preflight [RUN_DIR]
+                    whether the nodes are sound: PASS or FAIL by node; alone, under srun or torchrun
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
@@ -48,7 +50,7 @@ Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
 6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 12 a lost rank, 13 a hang,
-14 a bad loss, 129 hang-up, 130 Ctrl-C, 143 terminated."""
+14 a bad loss, 15 a node failed its preflight, 129 hang-up, 130 Ctrl-C, 143 terminated."""
 
 
 def main() -> NoReturn:

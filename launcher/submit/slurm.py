@@ -61,6 +61,7 @@ def script_words(job: Job, *, plan: Plan, python: str) -> list[str]:
         f"max_restarts={submit.max_restarts}",
         *([] if submit.port is None else [f"port={submit.port}"]),
         *([] if submit.requeue else ["requeue=no"]),
+        *(["preflight=yes"] if submit.preflight else []),
         *(f"module={name}" for name in submit.modules),
         *(f"srun={flag}" for flag in flags(submit.srun)),
         *(f"prefix={word}" for word in submit.prefix),

@@ -102,9 +102,10 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
 
 
 def lost_node(host: str, *, ranks: Sequence[int], why: str) -> Failure:
-    """Blame a host that went away with all its ranks, or that the others cannot reach."""
-    error = LostRankError(f"host {host} (ranks {ranks[0]} to {ranks[-1]}) is lost: {why}")
-    return Failure(cause="lost_node", error=error, rank=ranks[0], host=host)
+    """Blame a host that went away with all its ranks, those that are known, or that the others cannot reach."""
+    which = f" (ranks {ranks[0]} to {ranks[-1]})" if ranks else ""
+    error = LostRankError(f"host {host}{which} is lost: {why}")
+    return Failure(cause="lost_node", error=error, rank=ranks[0] if ranks else None, host=host)
 
 
 def _records(run: RunDir) -> Iterator[dict[str, Any]]:
