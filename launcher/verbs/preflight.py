@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +12,22 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from launcher import compose, run_dir
+from launcher import compose
 from launcher.cluster.spec import ClusterSpec
 from launcher.config import PreflightConfig
 from launcher.decode import decode, encode
-from launcher.errors import ClusterError, ConfigError, RunDirError, UnsoundNodeError
+from launcher.errors import FINISHED, ClusterError, ConfigError, RunDirError, UnsoundNodeError
 from launcher.files import write_whole
+from launcher.output import Output, print_line
 from launcher.preflight.gathered import Gathered
 from launcher.preflight.judge import Check, NodeVerdict, judge
 from launcher.preflight.look import look
 from launcher.run_dir import RunDir
 from launcher.submit import gang
 from launcher.submit.gang import Place
+from launcher.verbs import words
 
-WORKER = "launcher.preflight_worker"
+WORKER = "launcher.verbs.preflight_worker"
 VERB = "probe preflight"
 _SPARE_S = 30.0  # on top of everything that is bounded: starting Python, saying farewell
 
@@ -60,16 +63,24 @@ class Report:
         return tuple(node for node in self.nodes if not node.passed)
 
 
-def run(arguments: Sequence[str]) -> Report | None:
-    """Look at all nodes together with those who were started on the others; None where they collect it."""
+def preflight(arguments: list[str], output: Output) -> int:
+    """Look at all nodes together with those who were started on the others; rank 0's tells."""
     subject = read(arguments)
-    return check(subject, gang.find(subject.cluster, verb=VERB))
+    report = check(subject, gang.find(subject.cluster, verb=VERB))
+    if report is None:
+        return FINISHED
+    output.result(to_json(report), to_text(report))
+    if not report.failed:
+        return FINISHED
+    # As with `verify` the table is the answer; a fault would put its own document in its place.
+    print_line(f"meshwright: {fault(report)}", sys.stderr)
+    return UnsoundNodeError.exit_code
 
 
 def read(arguments: Sequence[str]) -> Subject:
     """Return what the words describe: RUN_DIR, or keys of `cluster` and `preflight`."""
-    if len(arguments) == 1 and "=" not in arguments[0] and not arguments[0].startswith("-"):
-        run = run_dir.open_run(Path(arguments[0]).expanduser())
+    if words.names_a_run(arguments):
+        run = words.open_run(VERB, arguments)
         job = run.job()
         return Subject(cluster=job.cluster, bounds=job.preflight, run=run)
     for word in arguments:

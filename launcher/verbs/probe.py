@@ -25,6 +25,7 @@ from launcher.errors import FINISHED, ClusterError, ConfigError
 from launcher.files import write_whole
 from launcher.output import Output
 from launcher.submit import local
+from launcher.verbs import preflight
 from strategies.names import suggest
 
 WORKER = "launcher.verbs.probe_worker"
@@ -61,6 +62,8 @@ class Probed:
 
 def probe(arguments: list[str], output: Output) -> int:
     """Measure this machine, and tell what was found and where it is written."""
+    if arguments[:1] == ["preflight"]:
+        return preflight.preflight(arguments[1:], output)
     probed = run(arguments)
     if probed is not None:
         output.result(to_json(probed), to_text(probed))

@@ -85,7 +85,8 @@ def _check_place(job: Job) -> None:
 
 
 def _queue(run: RunDir, subject: _Subject, output: Output) -> int:
-    (run.path / slurm.STARTS).unlink(missing_ok=True)  # a person asks: the count of starts begins anew
+    for memory in slurm.MEMORY:  # a person asks: the count of starts begins anew
+        (run.path / memory).unlink(missing_ok=True)
     environment = surroundings(os.environ, subject.python)
     ids: list[str] = []
     for _ in range(subject.job.submit.chain):
