@@ -1,7 +1,8 @@
 """Processes of `meshwright probe preflight`: ranks that measure, and beside rank 0 the one that collects.
 
-Started as `python -m launcher.verbs.preflight_worker REQUEST.json [collect]`. They meet in a store only; groups of ranks are
-opened for one node or one pair of them, so that a node that dies or hangs spoils its own figures and nobody else's.
+Started as `python -m launcher.verbs.preflight_worker REQUEST.json [collect]`. They meet in a store only; groups of
+ranks are opened for one node or one pair of them, so that a node that dies or hangs spoils its own figures and nobody
+else's.
 """
 
 from __future__ import annotations
