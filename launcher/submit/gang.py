@@ -173,6 +173,7 @@ def members(
                 stdout=channel,
                 stderr=stderr,
                 start_new_session=True,
+                bufsize=0,  # what a dead one was not told is not told at the end either
             )
             started.append(Member(process=process, stderr=stderr))
         yield started
