@@ -42,6 +42,7 @@ meshwright VERB [key=value ...] [--json]
   probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
   probe preflight [RUN_DIR]
                     whether the nodes are sound: PASS or FAIL by node; alone, under srun or torchrun
+  probe nccl        try settings of communication, and keep in a cluster file what wins beyond noise
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;

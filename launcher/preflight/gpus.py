@@ -43,7 +43,18 @@ def _health(nvml: Any, handle: Any) -> dict[str, Callable[[], float]]:
 
 
 def fault(reading: Mapping[str, float], bounds: PreflightConfig) -> str | None:
-    """Return what is wrong with one GPU; None: nothing that the driver would tell."""
+    """Return what keeps a run off one GPU; None: nothing that the driver would tell."""
+    used = reading.get("used_gib", -math.inf)
+    if used > bounds.max_gpu_used_gib:
+        return (
+            f"{used:.1f} GiB of its memory are taken, preflight.max_gpu_used_gib={bounds.max_gpu_used_gib:g} are "
+            "allowed; end the processes on it"
+        )
+    return sickness(reading)
+
+
+def sickness(reading: Mapping[str, float]) -> str | None:
+    """Return what is wrong with one GPU itself, whoever uses it."""
     if reading.get("remap_failed"):
         return "a bad row of its memory could not be replaced (Xid 64); have the board exchanged"
     if reading.get("remap_pending") or reading.get("retirement_pending"):
@@ -54,12 +65,6 @@ def fault(reading: Mapping[str, float], bounds: PreflightConfig) -> str | None:
     for bit, sentence in _SLOWDOWNS.items():
         if slowdown & bit:
             return f"{sentence} before any work; look at cooling and power"
-    used = reading.get("used_gib", -math.inf)
-    if used > bounds.max_gpu_used_gib:
-        return (
-            f"{used:.1f} GiB of its memory are taken, preflight.max_gpu_used_gib={bounds.max_gpu_used_gib:g} are "
-            "allowed; end the processes on it"
-        )
     return None
 
 

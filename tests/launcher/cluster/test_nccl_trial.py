@@ -17,7 +17,9 @@ def rounds(factor: float, *, noise: float = 0.01, count: int = 10, seed: int = 0
     """Rounds of four cells that take 1 to 4 seconds times `factor`; what slows a round slows all settings."""
     shared, own = random.Random(7), random.Random(seed)
     slow = [shared.uniform(1, 2) for _ in range(count)]
-    return [[cell * factor * s * math.exp(own.gauss(0, noise)) for cell in (1.0, 2.0, 3.0, 4.0)] for s in slow]
+    return [
+        [cell * factor * s * math.exp(own.gauss(0, noise)) for cell in (1.0, 2.0, 3.0, 4.0)] for s in slow
+    ]
 
 
 def test_what_is_clearly_faster_is_adopted_whatever_slowed_the_rounds() -> None:
