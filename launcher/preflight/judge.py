@@ -96,6 +96,8 @@ def _of(facts: NodeFacts, name: str, look: str, ask: Callable[[], tuple[Mark, st
 
 
 _NO_GPU: tuple[Mark, str] = ("not applicable", "no GPU is planned")
+# Whether devices work without one, as AMD's do, the product tells.
+_NO_DRIVER: tuple[Mark, str] = ("not applicable", "no NVIDIA driver answers")
 
 
 # ---- one node alone -----------------------------------------------------------------------------------------------
@@ -105,6 +107,8 @@ def _gpus(facts: NodeFacts, bench: _Bench) -> tuple[Mark, str]:
     wanted, found = bench.cluster, facts.gpu_names or ()
     if wanted.gpu.device == "cpu":
         return _NO_GPU
+    if not found and "driver" not in (facts.versions or {}):
+        return _NO_DRIVER
     if len(found) < wanted.gpus_per_node:
         return (
             "fail",
@@ -130,7 +134,7 @@ def _health(facts: NodeFacts, bench: _Bench) -> tuple[Mark, str]:
         return _NO_GPU
     readings = facts.gpu_readings or ()
     if not readings:
-        return "not applicable", "no NVIDIA driver answers"
+        return _NO_DRIVER
     for reading in readings:
         wrong = gpus.fault(reading, bench.bounds)
         if wrong is not None:

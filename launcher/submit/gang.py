@@ -91,6 +91,8 @@ def find(cluster: ClusterSpec, *, verb: str, environ: Mapping[str, str] = os.env
         ranks_per_node=cluster.gpus_per_node,
         address="127.0.0.1",
         port=_free_port(),
+        # What Slurm calls this node is what it is to be told of it.
+        hosts=(environ["SLURMD_NODENAME"],) if "SLURMD_NODENAME" in environ else (),
     )
 
 

@@ -132,7 +132,7 @@ class Rank:
         found = RankFacts(rank=self.rank, node=self.node, facts=self.request.facts, versions=versions())
         try:
             device = self._device()
-            precision, side = ("bf16" if device.type == "cuda" else "fp32"), _SIDES[device.type]
+            precision, side = _precision(device), _SIDES[device.type]
             speed = product_tflops(device, precision=precision, side=side)
             found = replace(found, precision=precision, side=side, product_tflops=speed)
             if self.request.ranks_per_node > 1:
@@ -194,6 +194,13 @@ class Rank:
         return 2 * num_bytes / best_seconds(exchange, device) / 1e9
 
 
+def _precision(device: torch.device) -> str:
+    """What a device trains in."""
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def best_seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds of the fastest call: what else the node does is no fault of the device."""
     found = []
@@ -208,7 +215,7 @@ def best_seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def product_tflops(device: torch.device, *, precision: str, side: int) -> float:
     """Rate of a square product on one device."""
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     factor = torch.rand(side, side, device=device).to(kind)
     return float(2 * side**3 / best_seconds(lambda: factor @ factor, device) / 1e12)
 

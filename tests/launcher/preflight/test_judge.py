@@ -144,3 +144,10 @@ def test_what_the_planner_assumes_of_a_product() -> None:
     assert small < large / 1.3
     assert assumed_product_tflops(gpu, precision="fp64", side=8192) is None
     assert assumed_product_tflops(replace(gpu, peak_is_nominal=True), precision="bf16", side=8192) is None
+
+
+def test_where_no_driver_answers_the_product_tells(node: Callable[..., Gathered], verdicts: Verdicts) -> None:
+    told = verdicts(node(gpu_names=(), gpu_readings=(), versions={"python": "3.11.7"}))
+    marks = {check.name: check.mark for check in told["n2"].checks}
+    assert (marks["gpus"], marks["health"]) == ("not applicable", "not applicable")
+    assert failed(verdicts(node(gpu_names=()))) == {"n2": ["gpus"]}, "a driver without a GPU is a lost one"

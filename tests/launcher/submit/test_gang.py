@@ -33,6 +33,7 @@ def test_alone_all_ranks_are_ours(cluster: ClusterSpec) -> None:
     place = gang.find(cluster, verb="x", environ={})
     assert (place.ranks, place.world_size, place.leads) == ((0, 1), 2, True)
     assert place.host == socket.gethostname()
+    assert gang.find(cluster, verb="x", environ={**SLURM, "SLURM_STEP_NUM_NODES": "1"}).host == "n1"
     told = place.environment(1, {"PATH": "/bin"})
     assert (told["RANK"], told["LOCAL_RANK"], told["WORLD_SIZE"]) == ("1", "1", "2")
     assert (told["MASTER_ADDR"], told["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
