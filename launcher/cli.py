@@ -86,7 +86,7 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
-    if verb in ("--help", "-h", "help") or (verb in _OWN_HELP and rest in (["--help"], ["-h"])):
+    if verb in ("--help", "-h", "help") or (verb in _OWN_HELP and rest[-1:] in (["--help"], ["-h"])):
         print_line(USAGE, sys.stdout)
         return FINISHED
     if verb == "--version":

@@ -130,6 +130,12 @@ def _of_srun(cluster: ClusterSpec, environ: Mapping[str, str]) -> Place:
     )
 
 
+def scratch() -> str | None:
+    """Return where files of a measurement lie: in memory, so that a full or broken disk can still be told of."""
+    memory = "/dev/shm"
+    return memory if os.access(memory, os.W_OK | os.X_OK) else None
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -167,7 +173,7 @@ def members(
     started: list[Member] = []
     try:
         for command, environment in commands:
-            stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+            stderr = tempfile.TemporaryFile(dir=scratch())  # noqa: SIM115 - lives as long as the process
             process = subprocess.Popen(
                 command,
                 env=dict(environment),

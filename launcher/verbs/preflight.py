@@ -99,7 +99,7 @@ def check(subject: Subject, place: Place) -> Report | None:
     facts = None
     if speaker in place.ranks:
         facts = look(host=place.host, folders=subject.folders, timeout_s=subject.bounds.check_timeout_s)
-    with tempfile.TemporaryDirectory(prefix="meshwright-preflight-") as folder:
+    with tempfile.TemporaryDirectory(prefix="meshwright-preflight-", dir=gang.scratch()) as folder:
         results = Path(folder) / "results.json"
         request = _request(subject, place, results)
         plain, speaking = Path(folder) / "request.json", Path(folder) / "speaker.json"

@@ -153,7 +153,7 @@ def settings_of(request: Request, cluster: ClusterSpec) -> list[Setting]:
 
 def run(cluster: ClusterSpec, settings: Sequence[Setting], place: Place, *, rounds: int) -> Trial | None:
     """Let resident processes of every setting measure in turns; None on nodes that only help."""
-    with tempfile.TemporaryDirectory(prefix="meshwright-nccl-") as folder:
+    with tempfile.TemporaryDirectory(prefix="meshwright-nccl-", dir=gang.scratch()) as folder:
         request = Path(folder) / "request.json"
         content = {"device": cluster.gpu.device, "start_s": _START_S, "turn_s": _TURN_S}
         request.write_text(json.dumps(content), encoding="utf-8")

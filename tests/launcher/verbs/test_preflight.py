@@ -69,7 +69,7 @@ def test_an_unsound_host_fails_and_nothing_starts_there(
     call: Call, frozen: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", "/nowhere")
-    monkeypatch.setattr("tempfile.tempdir", str(frozen.path.parent))
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")  # as in a process that was started with it
     outcome = call("probe", "preflight", str(frozen.path), "--json")
     assert outcome.code == UnsoundNodeError.exit_code == 15
     assert "did not pass its preflight: the folder for temporary files (/nowhere) cannot be" in outcome.err
@@ -113,13 +113,13 @@ def node(index: int, *words: str, folder: Path, **environment: str) -> subproces
 
 
 def test_of_three_nodes_the_one_that_never_came_is_named(tmp_path: Path, repository: Path) -> None:
-    words = ("preflight.nodes_timeout_s=15", "preflight.exchange_timeout_s=20")
+    words = ("preflight.nodes_timeout_s=25", "preflight.exchange_timeout_s=20")
     path = {"PYTHONPATH": str(repository)}
     started = [node(index, *words, folder=tmp_path, **path) for index in (0, 1)]
     (out, err), (_, other) = (process.communicate(timeout=200) for process in started)
     assert [process.returncode for process in started] == [15, 0], err + other
     assert "PASS  a" in out and "PASS  b" in out and "FAIL  c" in out and "2 of 3 nodes passed" in out
-    assert "c did not pass its preflight: it gave no answer within preflight.nodes_timeout_s=15" in err
+    assert "c did not pass its preflight: it gave no answer within preflight.nodes_timeout_s=25" in err
     assert "GB/s a rank and direction in the best of 1 exchanges" in out
 
 
