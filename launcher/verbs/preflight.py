@@ -219,7 +219,7 @@ def to_text(report: Report) -> str:
     """One line a node and one a fault; a node alone shows all its answers."""
     lines = []
     for node in report.nodes:
-        found = node.faults if node.faults else node.checks if len(report.nodes) == 1 else ()
+        found = node.checks if len(report.nodes) == 1 else node.faults
         sound = [] if node.faults else [check for check in node.checks if check.name in ("product", "pairs")]
         shown = "; ".join(check.sentence for check in sound if check.mark == "pass")
         lines.append(f"{'PASS' if node.passed else 'FAIL'}  {node.host}" + (f"  {shown}" if shown else ""))

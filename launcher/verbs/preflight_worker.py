@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 
 from launcher.decode import decode, encode
+from launcher.errors import LauncherError
 from launcher.files import write_whole
 from launcher.preflight.gathered import Exchange, Gathered, RankFacts, pairs, rounds_of
 from launcher.preflight.look import NodeFacts
+from launcher.ranks import take_device
 from launcher.submit.gang import FAULT
 
 _LINGER_S = 3600.0  # that a rank waits for the next round: the collector bounds it
@@ -80,8 +82,9 @@ def open_store(environ: Mapping[str, str], *, serves: bool, timeout_s: float) ->
 
 
 def said(error: Exception) -> str:
-    """Return the first line of a fault, with its type."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    """Return the first line of a fault; what is not ours with its type."""
+    kind = "" if isinstance(error, LauncherError) else f"{type(error).__name__}: "
+    return kind + (str(error).splitlines() or [""])[0]
 
 
 # ---- a rank -------------------------------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ class Rank:
     def _device(self) -> torch.device:
         if self.request.device != "cuda":
             return torch.device("cpu")
-        torch.cuda.set_device(self.local_rank)
+        take_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
     @contextmanager

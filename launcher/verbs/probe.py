@@ -100,7 +100,9 @@ def read(arguments: Sequence[str]) -> tuple[ProbeRequest, ClusterSpec]:
         elif key == "cluster" or key.startswith("cluster."):
             words.append(argument)
         else:
-            raise ConfigError(f"'{argument}' is not a word of `probe`; {suggest(key, [*keys, 'cluster'])}")
+            raise ConfigError(
+                f"'{argument}' is not a word of `probe`; {suggest(key, [*keys, 'cluster', 'preflight', 'nccl'])}"
+            )
     request = decode(ProbeRequest, own)
     if request.num_processes is not None:
         words.append(f"cluster.gpus_per_node={request.num_processes}")

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.cluster.nccl_trial import cells
+from launcher.ranks import take_device
 from launcher.submit.gang import FAULT
 from launcher.verbs.preflight_worker import open_store, said
 
@@ -108,8 +109,8 @@ def serve(request: Mapping[str, Any], setting: int, environ: Mapping[str, str]) 
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     device = torch.device(request["device"])
     if device.type == "cuda":
+        take_device(int(environ["LOCAL_RANK"]))
         device = torch.device("cuda", int(environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     # All settings meet in one store, which the ranks 0 of the inherited one brings.
     shared = open_store(environ, serves=setting == rank == 0, timeout_s=request["start_s"])
     store = dist.PrefixStore(f"setting/{setting}", shared)
