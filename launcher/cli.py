@@ -44,6 +44,9 @@ meshwright VERB [key=value ...] [--json]
                     write one page of it, or of several runs beside each other: out=compare.html
   watch RUN_DIR     the run on this terminal as it goes; --once for one look
   probe             measure this machine, and write a file to plan with: cluster=FILE.yaml
+  probe preflight [RUN_DIR]
+                    whether the nodes are sound: PASS or FAIL by node; alone, under srun or torchrun
+  probe nccl        try settings of communication, and keep in a cluster file what wins beyond noise
   env               an environment for each engine: env create|check|remove ENGINE, env list
 
 Configuration: group=option picks a part (model=llama3_8b cluster=h100_sxm), key=value sets a value;
@@ -52,7 +55,7 @@ submit: --cfg job, --multirun, --config-dir DIR, --hydra-help. Tab completion: e
 
 Exit codes: 0 finished or stopped on request, 1 other, 2 configuration, 3 plan, 4 data, 5 run directory,
 6 checkpoint, 7 engine, 8 cluster, 9 training, 10 memory, 11 a check failed, 12 a lost rank, 13 a hang,
-14 a bad loss, 129 hang-up, 130 Ctrl-C, 143 terminated."""
+14 a bad loss, 15 a node failed its preflight, 129 hang-up, 130 Ctrl-C, 143 terminated."""
 
 
 def main() -> NoReturn:
@@ -87,7 +90,7 @@ def _fail(error: LauncherError, code: int, output: Output) -> int:
 
 def _dispatch(words: Sequence[str], output: Output) -> int:
     verb, rest = (words[0], list(words[1:])) if words else ("--help", [])
-    if verb in ("--help", "-h", "help") or (verb in _OWN_HELP and rest in (["--help"], ["-h"])):
+    if verb in ("--help", "-h", "help") or (verb in _OWN_HELP and rest[-1:] in (["--help"], ["-h"])):
         print_line(USAGE, sys.stdout)
         return FINISHED
     if verb == "--version":

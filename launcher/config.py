@@ -39,6 +39,7 @@ class SubmitConfig:
     prefix: tuple[str, ...] = ()  # before that Python on each node: a container's command
     inside: str | None = None  # Python inside the container that `prefix` or `srun` opens
     wait: bool = False  # until the job has ended
+    preflight: bool = False  # look at every node before a start, and start without those that are not sound
     # Slurm. Flags by name: {partition: gpu, exclusive: true} is --partition=gpu --exclusive.
     sbatch: Mapping[str, Any] = field(default_factory=dict)
     srun: Mapping[str, Any] = field(default_factory=dict)
@@ -145,6 +146,35 @@ class SweepConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreflightConfig:
+    """What a node has to be before a run starts on it; where the bounds come from: docs/cluster.md."""
+
+    check_timeout_s: float = 15.0  # for one look at a node
+    nodes_timeout_s: float = 180.0  # until the last node has answered
+    exchange_timeout_s: float = 30.0  # for one round of exchanges between nodes
+    rounds: int = 4  # of them, each with other pairs
+    # Lowest share of what the planner assumes, and of what the median node reaches.
+    min_product: float = 0.8  # a large matrix product
+    min_bandwidth: float = 0.7
+    min_memory: float = 0.5  # of cluster.host_memory_gib that is free
+    max_gpu_used_gib: float = 2.0  # somebody else's processes on a GPU
+    min_disk_gib: float = 10.0  # free in the run directory and in the folder for temporary files
+    min_inodes: int = 10_000
+    max_clock_skew_s: float = 1.0  # from the median node
+
+    def __post_init__(self) -> None:
+        for key in ("check_timeout_s", "nodes_timeout_s", "exchange_timeout_s"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"preflight.{key}={getattr(self, key)} must be above 0 seconds")
+        for key in ("min_product", "min_bandwidth", "min_memory"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"preflight.{key}={getattr(self, key)} must lie between 0 and 1")
+        for key in ("rounds", "max_gpu_used_gib", "min_disk_gib", "min_inodes", "max_clock_skew_s"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"preflight.{key}={getattr(self, key)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """Everything one run needs, decoded."""
 
@@ -162,6 +192,7 @@ class Job:
     strategies: tuple[str, ...] | None = None  # of `compare`; null: every engine
     sweep: SweepConfig = field(default_factory=SweepConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     goal: Goal = field(default_factory=Goal)
     weights: str | None = None  # folder of Hugging Face weights to start from; null: a seeded random start
     hf_config: str | None = None  # the Hugging Face config.json the model came from

@@ -8,6 +8,7 @@ LauncherError                 1   anything of ours without a narrower class
 ├── CheckpointError           6   no good checkpoint where one is needed; it does not belong to this run
 ├── EngineError               7   an engine or an optional package is missing or refuses what was asked
 ├── ClusterError              8   the machine is not what the plan needs: ranks, devices, ports
+│   └── UnsoundNodeError     15   a node did not pass its preflight
 ├── TrainingError             9   a worker failed while training: the cause is in the message
 │   ├── LostRankError        12   a rank or its host went away: a signal, a broken connection
 │   ├── HungError            13   ranks stood still, or a collective timed out
@@ -15,8 +16,9 @@ LauncherError                 1   anything of ours without a narrower class
 ├── DeviceMemoryError        10   a rank ran out of device or host memory
 └── CheckFailed              11   a post-run check did not hold (loss fell, resume was exact)
 
-9, 10, 12 and 13 are worth another start where the restarts of `supervise.*` are used up: the last good checkpoint is
-kept. 14 is as well after a look at the data or the learning rate; the others repeat until somebody acts.
+9, 10, 12 and 13, and 15 without the node that it names, are worth another start where the restarts of `supervise.*`
+are used up: the last good checkpoint is kept. 14 is as well after a look at the data or the learning rate; the others
+repeat until somebody acts.
 0 finished, or stopped on request with a checkpoint; 129 hang-up, 130 interrupted (Ctrl-C), 143 terminated: with a
 checkpoint as well, unless asked twice.
 """
@@ -74,6 +76,12 @@ class ClusterError(LauncherError):
     exit_code = 8
 
 
+class UnsoundNodeError(ClusterError):
+    """A node did not pass its preflight."""
+
+    exit_code = 15
+
+
 class TrainingError(LauncherError):
     """A worker failed while training."""
 
@@ -126,6 +134,7 @@ BY_EXIT_CODE: dict[int, type[LauncherError]] = {
         CheckpointError,
         EngineError,
         ClusterError,
+        UnsoundNodeError,
         TrainingError,
         LostRankError,
         HungError,

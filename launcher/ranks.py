@@ -101,7 +101,7 @@ def connect(environment: Mapping[str, str], *, on_device: bool, store: Store | N
         local_rank=int(environment.get("LOCAL_RANK", "0")),
     )
     if on_device:
-        _take_device(ranks.local_rank)
+        take_device(ranks.local_rank)
     else:
         # The plan is for processors: neither we nor an engine may see a GPU that is here.
         os.environ.update({"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"})
@@ -118,7 +118,8 @@ def connect(environment: Mapping[str, str], *, on_device: bool, store: Store | N
     return ranks
 
 
-def _take_device(local_rank: int) -> None:
+def take_device(local_rank: int) -> None:
+    """Make the GPU of this number ours; raise ClusterError where there is none."""
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= available:
         raise ClusterError(

@@ -24,7 +24,7 @@ from launcher.cluster.nccl_variables import (
     TORCH_GUIDE,
     Fabric,
 )
-from launcher.cluster.spec import ClusterSpec
+from launcher.cluster.spec import ClusterSpec, Tuned
 from launcher.errors import ConfigError
 from strategies.names import suggest
 
@@ -92,6 +92,14 @@ def defaults(fabric: Fabric | None) -> tuple[Default, ...]:
     return (warn, *(by_fabric.get(fabric, ()) if fabric else ()))
 
 
+def tuned_defaults(tuned: Tuned | None) -> tuple[Default, ...]:
+    """Return what a trial on this cluster has found faster."""
+    found = {} if tuned is None else tuned.environment
+    return tuple(
+        Default(name=name, value=value, source=tuned.source if tuned else "") for name, value in found.items()
+    )
+
+
 def fabric_of(cluster: ClusterSpec, settings: Mapping[str, Setting]) -> Fabric | None:
     """Return what joins the nodes: by the slowest tier's name, else by the plug-in that is set up; None: unknown."""
     if cluster.fabric is not None:
@@ -136,12 +144,18 @@ def collect(environ: Mapping[str, str], files: Mapping[str, str]) -> dict[str, S
     return found
 
 
-def fill(environ: MutableMapping[str, str], fabric: Fabric | None) -> None:
-    """Set the defaults of `fabric` where neither the environment nor a file of NCCL says otherwise."""
+def fill(environ: MutableMapping[str, str], cluster: ClusterSpec) -> None:
+    """Set the defaults of a job on `cluster` where neither the environment nor a file of NCCL says otherwise."""
     told = look(environ)
-    for default in defaults(fabric):
+    for default in defaults_of(cluster, told):
         if default.name not in told:
-            environ[default.name] = default.value
+            environ.setdefault(default.name, default.value)
+
+
+def defaults_of(cluster: ClusterSpec, settings: Mapping[str, Setting]) -> tuple[Default, ...]:
+    """Return what a job on `cluster` gets where nothing is set: of its fabric, and what a trial on it has found."""
+    by_fabric = defaults(fabric_of(cluster, settings)) if cluster.gpu.device == "cuda" else ()
+    return (*by_fabric, *tuned_defaults(cluster.tuned))
 
 
 # ---- the check ----------------------------------------------------------------------------------------------------
@@ -305,6 +319,7 @@ class Report:
     fabric: Fabric | None
     settings: tuple[Setting, ...]
     findings: tuple[Finding, ...]
+    defaults: tuple[Default, ...]
 
 
 def report(cluster: ClusterSpec, *, deterministic: bool = False) -> Report:
@@ -315,6 +330,7 @@ def report(cluster: ClusterSpec, *, deterministic: bool = False) -> Report:
         fabric=fabric,
         settings=tuple(settings.values()),
         findings=lint(settings, fabric, deterministic=deterministic),
+        defaults=defaults_of(cluster, settings),
     )
 
 
@@ -332,6 +348,6 @@ def to_json(told: Report) -> dict[str, Any]:
     return {
         "fabric": told.fabric,
         "inherited": {setting.name: [setting.value, setting.set_by] for setting in told.settings},
-        "defaults": {default.name: [default.value, default.source] for default in defaults(told.fabric)},
+        "defaults": {default.name: [default.value, default.source] for default in told.defaults},
         "findings": [f"{finding.setting}: {finding.message}" for finding in told.findings],
     }

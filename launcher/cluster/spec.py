@@ -97,6 +97,30 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """Variables of communication that `meshwright probe nccl` found faster than what the nodes had, and by how much."""
+
+    date: str  # UTC, ISO 8601
+    host: str
+    environment: Mapping[str, str]
+    speedup: float  # over all operations and sizes
+    p: float  # that it is chance
+    rounds: int
+
+    def __post_init__(self) -> None:
+        if not self.environment:
+            raise ValueError(
+                "cluster.tuned.environment={} must hold a variable; use cluster.tuned=null for none"
+            )
+
+    @property
+    def source(self) -> str:
+        """Where the values come from, for env.json."""
+        gain = f"{self.speedup - 1:.1%} faster in {self.rounds} rounds"
+        return f"meshwright probe nccl on {self.host}, {self.date}: {gain}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterSpec:
     """Equal nodes of equal GPUs, joined by tiers of links, fastest first."""
 
@@ -113,6 +137,7 @@ class ClusterSpec:
     )
     storage_gb_per_s: float | None = None  # what all nodes together write checkpoints at
     measured: Measured | None = None  # null: from data sheets, fits to published runs, or guesses
+    tuned: Tuned | None = None  # null: communication is left to NCCL
     fabric: Fabric | None = None  # what NCCL meets between nodes; null: read out of the last link's name
     partition: str | None = None  # of Slurm, that the nodes are in; null: the default one
     switches: tuple[Switch, ...] = ()  # between the nodes; they add tiers to `links` and order the hosts

@@ -72,8 +72,12 @@ def _traffic() -> dict[str, float]:
     return found
 
 
-def open_gpus() -> list[Callable[[], dict[str, float]]]:
-    """Return what measures each GPU of this node; none where there is no NVIDIA driver or no package for it."""
+# What the driver is asked about one GPU, by name; made of its bindings and the GPU's handle.
+Questions = Callable[[Any, Any], dict[str, Callable[[], float]]]
+
+
+def open_gpus(questions: Questions | None = None) -> list[Callable[[], dict[str, float]]]:
+    """Return what asks each GPU of this node; none where there is no NVIDIA driver or no package for it."""
     try:
         import pynvml
 
@@ -81,12 +85,11 @@ def open_gpus() -> list[Callable[[], dict[str, float]]]:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     except Exception:  # NVMLError has no base of its own to name before the import
         return []
-    return [_reader(pynvml, handle) for handle in handles]
+    return [_reader(pynvml, (questions or _figures)(pynvml, handle)) for handle in handles]
 
 
-def _reader(nvml: Any, handle: Any) -> Callable[[], dict[str, float]]:
-    """Return what asks the driver about one GPU; what a card does not tell is left out."""
-    questions: dict[str, Callable[[], float]] = {
+def _figures(nvml: Any, handle: Any) -> dict[str, Callable[[], float]]:
+    return {
         "gpu_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
         "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
         "gpu_temperature_celsius": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
@@ -96,6 +99,10 @@ def _reader(nvml: Any, handle: Any) -> Callable[[], dict[str, float]]:
         ),
         "gpu_nvlink_bytes": lambda: _nvlink_bytes(nvml, handle),
     }
+
+
+def _reader(nvml: Any, questions: dict[str, Callable[[], float]]) -> Callable[[], dict[str, float]]:
+    """Return what puts the questions; what a card does not tell is left out."""
 
     def read() -> dict[str, float]:
         found = {}

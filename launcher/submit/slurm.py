@@ -16,7 +16,8 @@ from strategies.spec import Plan
 
 SCRIPT = Path(__file__).with_name("train.sbatch")
 LOG = Path("logs") / "slurm.log"  # in the run directory: all jobs of a run append to it
-STARTS = Path("logs") / "slurm_starts"  # the script's own count
+# What the script remembers from start to start: their number, and the hosts of one that did not come to its own end.
+MEMORY = (Path("logs") / "slurm_starts", Path("logs") / "slurm_hosts")
 _TIMEOUT_S = 120
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
@@ -61,6 +62,7 @@ def script_words(job: Job, *, plan: Plan, python: str) -> list[str]:
         f"max_restarts={submit.max_restarts}",
         *([] if submit.port is None else [f"port={submit.port}"]),
         *([] if submit.requeue else ["requeue=no"]),
+        *(["preflight=yes"] if submit.preflight else []),
         *(f"module={name}" for name in submit.modules),
         *(f"srun={flag}" for flag in flags(submit.srun)),
         *(f"prefix={word}" for word in submit.prefix),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launcher.errors import LauncherError
 from launcher.output import print_line
@@ -20,6 +21,7 @@ class Devices:
 
     run: RunDir
     requests: StopRequests
+    given: str | None = field(default_factory=lambda: os.environ.get("CUDA_VISIBLE_DEVICES"))
     are_back: bool = False  # the workers were asked to leave because devices are back
     _missing: bool = False  # fewer ranks train than the run was planned for
     _asked: float = 0.0
@@ -58,7 +60,7 @@ class Devices:
 
     def _count(self) -> int | None:
         self._asked = time.monotonic()
-        return health.devices(self.run.job())
+        return health.devices(self.run.job(), given=self.given)
 
     def _fits(self, found: int) -> bool:
         """Make the plan fit the devices, if need be and if it may."""

@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 
 from launcher.cluster import detect
 from launcher.config import Job
 from launcher.errors import ClusterError, ConfigError
+from launcher.preflight import gpus
 
 _PATIENCE_S = 60.0
 
 
-def devices(job: Job) -> int | None:
-    """Return the number of sound devices; None where nobody can tell: processors without a command."""
+def devices(job: Job, *, given: str | None = None) -> int | None:
+    """Return the number of sound devices; None where nobody can tell: processors without a command.
+
+    With submit.preflight=true those that the driver knows to be sick are hidden from the workers; `given` is
+    CUDA_VISIBLE_DEVICES as it was before any was.
+    """
     command = job.supervise.health_command
     if command is not None:
         return _ask(command, planned=job.cluster.gpus_per_node)
     if job.cluster.gpu.device != "cuda":
         return None
     try:
+        if job.submit.preflight:
+            return _hide_sick(job, given)
         return len(detect.probe().gpus)
     except ClusterError:  # CUDA_VISIBLE_DEVICES names only devices that are lost
         return 0
+
+
+def _hide_sick(job: Job, given: str | None) -> int:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if given is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = given
+    found = detect.probe().gpus
+    faults = {int(reading["index"]): gpus.sickness(reading) for reading in gpus.readings()}
+    sound = [gpu.uuid for gpu in found if faults.get(gpu.index) is None]
+    if len(sound) < len(found):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(sound)
+    return len(sound)
 
 
 def _ask(command: str, *, planned: int) -> int:

@@ -137,8 +137,8 @@ def _set_variables(job: Job, plan: Plan, *, on_device: bool) -> None:
         environment.apply(environment.environment(plan, job.training), os.environ)
     except ValueError as error:
         raise EngineError(str(error)) from error
-    if on_device:
-        nccl.fill(os.environ, nccl.fabric_of(job.cluster, nccl.look(os.environ)))
+    if on_device or job.cluster.gpu.device == "cpu":
+        nccl.fill(os.environ, job.cluster)
 
 
 def _process(heart: Heart) -> Process:

@@ -22,9 +22,9 @@ from launcher.cluster.fit import to_cluster
 from launcher.cluster.spec import ClusterSpec, Measured
 from launcher.decode import decode, encode
 from launcher.errors import FINISHED, ClusterError, ConfigError
-from launcher.files import write_whole
 from launcher.output import Output
 from launcher.submit import local
+from launcher.verbs import cluster_file, preflight, tune
 from strategies.names import suggest
 
 WORKER = "launcher.verbs.probe_worker"
@@ -42,8 +42,7 @@ class ProbeRequest:
     force: bool = False  # replace a file that is there
 
     def __post_init__(self) -> None:
-        if not self.out.endswith((".yaml", ".yml")):
-            raise ValueError(f"out={self.out} must end in .yaml, so that cluster={self.out} reads it")
+        cluster_file.check_name(self.out)
         if self.num_processes is not None and self.num_processes < 1:
             raise ValueError(f"num_processes={self.num_processes} must be at least 1")
         if not 1 <= self.seconds <= 600:
@@ -61,6 +60,10 @@ class Probed:
 
 def probe(arguments: list[str], output: Output) -> int:
     """Measure this machine, and tell what was found and where it is written."""
+    if arguments[:1] == ["preflight"]:
+        return preflight.preflight(arguments[1:], output)
+    if arguments[:1] == ["nccl"]:
+        return tune.tune(arguments[1:], output)
     probed = run(arguments)
     if probed is not None:
         output.result(to_json(probed), to_text(probed))
@@ -71,7 +74,7 @@ def run(arguments: Sequence[str]) -> Probed | None:
     """Measure what the words describe and write the file; None on the ranks of torchrun that only helped."""
     request, cluster = read(arguments)
     path = Path(request.out).expanduser().absolute()
-    _check_out(path, force=request.force)
+    cluster_file.check(path, force=request.force)
     figures = measure(cluster, seconds=request.seconds)
     if figures is None:
         return None
@@ -81,7 +84,7 @@ def run(arguments: Sequence[str]) -> Probed | None:
         torch=figures["torch"],
     )
     found = to_cluster(cluster, figures, name=path.stem, measured=measured)
-    write(path, found)
+    cluster_file.write(path, found, by=f"probe` on {measured.host}, {measured.date}")
     return Probed(path=path, cluster=found, figures=figures)
 
 
@@ -97,7 +100,9 @@ def read(arguments: Sequence[str]) -> tuple[ProbeRequest, ClusterSpec]:
         elif key == "cluster" or key.startswith("cluster."):
             words.append(argument)
         else:
-            raise ConfigError(f"'{argument}' is not a word of `probe`; {suggest(key, [*keys, 'cluster'])}")
+            raise ConfigError(
+                f"'{argument}' is not a word of `probe`; {suggest(key, [*keys, 'cluster', 'preflight', 'nccl'])}"
+            )
     request = decode(ProbeRequest, own)
     if request.num_processes is not None:
         words.append(f"cluster.gpus_per_node={request.num_processes}")
@@ -178,30 +183,7 @@ def _reason(text: str, code: int) -> str:
     return f"this machine cannot be measured (exit code {code}): {said}"
 
 
-# ---- the file -----------------------------------------------------------------------------------------------------
-
-
-def _check_out(path: Path, *, force: bool) -> None:
-    """Raise before anything is measured where the file could not be written."""
-    if path.exists() and not (force and path.is_file()):
-        raise ConfigError(f"out={path} exists; use force=true to replace it, or another out")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"out={path} cannot be written: {path.parent} is not a writable folder; use another out"
-        )
-
-
-def write(path: Path, cluster: ClusterSpec) -> None:
-    """Write `cluster` as YAML: the whole file appears at once, or none."""
-    assert cluster.measured is not None, "a probed cluster says when"
-    header = (
-        f"# Measured by `meshwright probe` on {cluster.measured.host}, {cluster.measured.date}. "
-        f"Use it with cluster={path.name}.\n"
-    )
-    try:
-        write_whole(path, header + yaml.safe_dump(encode(cluster), sort_keys=False))
-    except OSError as error:
-        raise ConfigError(f"out={path} cannot be written: {error.strerror}; use another out") from error
+# ---- what is told -------------------------------------------------------------------------------------------------
 
 
 def to_json(probed: Probed) -> dict[str, Any]:

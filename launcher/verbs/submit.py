@@ -91,7 +91,8 @@ def _check_place(job: Job) -> None:
 def queue(run: RunDir, *, behind: str | None = None) -> list[str]:
     """Queue a frozen run, begun when the job `behind` has ended; return the numbers of its jobs."""
     subject = _subject(run)
-    (run.path / slurm.STARTS).unlink(missing_ok=True)  # a person asks: the count of starts begins anew
+    for memory in slurm.MEMORY:  # a person asks: the count of starts begins anew
+        (run.path / memory).unlink(missing_ok=True)
     environment = surroundings(os.environ, subject.python)
     ids: list[str] = []
     for _ in range(subject.job.submit.chain):

@@ -14,7 +14,7 @@ from launcher.output import Output
 from launcher.run_dir import RunDir
 from launcher.submit import local
 from launcher.supervise.supervisor import run_workers
-from launcher.verbs import checks, see, show, words
+from launcher.verbs import checks, preflight, see, show, words
 
 
 def train(arguments: list[str], output: Output) -> int:
@@ -67,6 +67,8 @@ def _replan(run: RunDir, changes: Sequence[str]) -> None:
 
 def work(run: RunDir, output: Output) -> int:
     """Train a frozen run here, on this host's GPUs in their order; return 0, 129, 130 or 143."""
+    if run.job().submit.preflight:
+        preflight.require(run)
     cluster = run.job().cluster
     if cluster.gpu.device == "cuda" and cluster.gpus_per_node > 1:
         placement.place(os.environ)  # the workers inherit it

@@ -37,8 +37,8 @@ address() {
 }
 last=$((nodes - 1))
 half=$((nodes / 2))
-mark='# meshwright-test-cluster'
-hosts=$(grep -v "$mark\$" /etc/hosts || true)
+mark="# meshwright-test-cluster $dir;" # several may run side by side
+hosts=$(grep -vF "$mark" /etc/hosts || true)
 for ((i = 0; i < nodes; i++)); do hosts+=$'\n'"$(address $i) node$i $mark"; done
 printf '%s\n' "$hosts" >/etc/hosts # written in place: in a container it is a mount
 

@@ -52,9 +52,9 @@ daemons=()
 for file in "$dir"/pid/slurmd.*.pid; do [ -e "$file" ] && daemons+=("$(basename "$file" .pid)"); done
 stop slurmctld ${daemons[@]+"${daemons[@]}"} # all at once: a slurmd takes two seconds
 stop munged
-mark='# meshwright-test-cluster'
-if grep -q "$mark\$" /etc/hosts; then
-    hosts=$(grep -v "$mark\$" /etc/hosts)
+mark="# meshwright-test-cluster $dir;"
+if grep -qF "$mark" /etc/hosts; then
+    hosts=$(grep -vF "$mark" /etc/hosts)
     printf '%s\n' "$hosts" >/etc/hosts
 fi
 [ "${1:-}" != --purge ] || rm -rf "$dir"

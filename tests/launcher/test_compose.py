@@ -38,6 +38,7 @@ GROUPS = (
     "monitor",
     "checkpoint",
     "supervise",
+    "preflight",
     "experiment",
     "data",
     "goal",

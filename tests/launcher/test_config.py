@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.config import Job, SubmitConfig, SuperviseConfig
+from launcher.config import Job, PreflightConfig, SubmitConfig, SuperviseConfig
 from launcher.decode import decode
 
 
@@ -45,7 +45,10 @@ def test_what_cannot_be_waited_for_is_refused(key: str, value: float) -> None:
         SuperviseConfig(**given)
 
 
-def test_the_supervisor_group_says_what_the_page_says(repository: Path) -> None:
-    group = yaml.safe_load((repository / "hydra_configs" / "supervise" / "default.yaml").read_text())
-    assert decode(SuperviseConfig, group) == SuperviseConfig()
-    assert set(group) == {field.name for field in fields(SuperviseConfig)}
+@pytest.mark.parametrize(
+    ("name", "section"), [("supervise", SuperviseConfig), ("preflight", PreflightConfig)]
+)
+def test_a_group_says_what_the_page_says(repository: Path, name: str, section: type) -> None:
+    group = yaml.safe_load((repository / "hydra_configs" / name / "default.yaml").read_text())
+    assert decode(section, group) == section()
+    assert set(group) == {field.name for field in fields(section)}

@@ -147,6 +147,8 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
         slurm_says("scontrol", "update", f"nodename={lost}", "state=resume")
     resumed = next(event for event in events(run) if event["event"] == "resumed")
     assert resumed["step"] % 20 == 0
+    named = next(event for event in events(run) if event["event"] == "failed")
+    assert (named["cause"], named["host"], named["exit_code"]) == ("lost_node", lost, 12)
 
 
 def test_a_crash_loop_stops_at_its_bound_and_a_time_limit_does_not_count_as_one(
@@ -208,6 +210,36 @@ def test_a_sweep_drops_what_cannot_be_trains_the_rest_and_ranks_it(
     assert begun > ended, "no more than three side by side"
     best = call("best", str(folder), "--json").json["command"]
     assert best[:2] == ["meshwright", "submit"] and "submit=slurm" in best
+
+
+def test_a_node_that_fails_its_preflight_is_left_out_until_too_few_are_left(
+    submit: Callable[..., Any], tmp_path: Path
+) -> None:
+    left, none_left = tmp_path / "left", tmp_path / "none_left"
+    wrapper = tmp_path / "wrapper"
+    sick = 'case $SLURMD_NODENAME in (node0|node3) TMPDIR=/nowhere; export TMPDIR;; esac; exec "$@"'
+    wrapper.write_text(f"#!/bin/sh\n{sick}\n")
+    wrapper.chmod(0o755)
+    words = ("strategy=fake", "training.num_steps=3", "submit.preflight=true", f"submit.prefix=[{wrapper}]")
+    # The nodes share this machine's processors: how fast one is says nothing.
+    words = (*words, "preflight.min_product=0", "preflight.min_bandwidth=0")
+    assert submit(none_left, *words, "submit.sbatch.exclude='node[1-2]'").code == 0
+    assert submit(left, *words, "submit.sbatch.exclude=node3").code == 0  # so node0 and node1, of one switch
+    job = job_of(left)
+    until(lambda: ended(job), run=left)
+    assert state_of(job) == "COMPLETED", log(left)
+    assert sorted(losses(left)) == [1, 2, 3]
+    assert "FAIL  node0" in log(left)
+    assert "the folder for temporary files (/nowhere) cannot be written" in log(left)
+    assert "requeued without node3,node0" in log(left)
+    report = json.loads((left / "preflight.json").read_text())
+    assert report["passed"] and {node["host"] for node in report["nodes"]} == {"node1", "node2"}
+
+    job = job_of(none_left)
+    until(lambda: ended(job), run=none_left)
+    assert "ExitCode=15:0" in slurm_says("scontrol", "-o", "show", "job", job)
+    assert "node0,node3 only 0 usable nodes are left in partition gpu and the run needs 2" in log(none_left)
+    assert json.loads((none_left / "preflight.json").read_text())["failed"] == ["node0", "node3"]
 
 
 def test_plans_are_made_for_what_slurm_has(call: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from launcher.cluster import nccl
 from launcher.cluster.nccl import Setting
-from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
+from launcher.cluster.spec import ClusterSpec, GpuSpec, Link, Tuned
 from launcher.errors import ConfigError
 
 CASES = yaml.safe_load((Path(__file__).parent / "data" / "nccl_settings.yaml").read_text())
@@ -98,13 +98,30 @@ def test_a_named_fabric_wins() -> None:
 
 def test_defaults_fill_only_what_nobody_has_said(tmp_path: Path) -> None:
     environ = {"NCCL_CONF_FILE": str(tmp_path / "none")}
-    nccl.fill(environ, "roce")
+    nccl.fill(environ, replace(CLUSTER, fabric="roce"))
     assert environ["NCCL_DEBUG"] == "WARN"
     assert environ["NCCL_IB_ROCE_VERSION_NUM"] == "2"
     (tmp_path / "conf").write_text("NCCL_DEBUG=VERSION\n")
     environ = {"NCCL_CONF_FILE": str(tmp_path / "conf")}
-    nccl.fill(environ, "infiniband")
+    nccl.fill(environ, replace(CLUSTER, fabric="infiniband"))
     assert list(environ) == ["NCCL_CONF_FILE"]
+
+
+def test_what_a_trial_has_found_is_set_with_its_source_and_never_over_what_somebody_says() -> None:
+    found = Tuned(
+        **{"date": "2026-01-02", "host": "n0", "speedup": 1.07, "p": 0.002, "rounds": 10},
+        environment={"NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple"},
+    )
+    cluster = replace(CLUSTER, tuned=found)
+    environ = {"NCCL_PROTO": "LL", "NCCL_CONF_FILE": "/none"}
+    nccl.fill(environ, cluster)
+    assert (environ["NCCL_ALGO"], environ["NCCL_PROTO"]) == ("Tree", "LL")
+    kept = nccl.to_json(nccl.report(cluster))["defaults"]
+    assert kept["NCCL_ALGO"] == ["Tree", "meshwright probe nccl on n0, 2026-01-02: 7.0% faster in 10 rounds"]
+    on_processors = replace(cluster, gpu=replace(cluster.gpu, device="cpu"))
+    assert list(nccl.to_json(nccl.report(on_processors))["defaults"]) == ["NCCL_ALGO", "NCCL_PROTO"]
+    with pytest.raises(ValueError, match=r"cluster\.tuned\.environment=\{\} must hold a variable"):
+        replace(found, environment={})
 
 
 @pytest.mark.parametrize("fabric", ["infiniband", "roce", "efa", "gcp", "tcp", None])

@@ -23,6 +23,7 @@ SUBMITS: dict[str, dict[str, Any]] = {
     "site_flags": {
         "sbatch": {"account": "a b", "time": "1-00:00:00", "exclusive": True, "p": "long", "mail-user": None},
         "max_restarts": 10,
+        "preflight": True,
         "signal_s": 600,
         "port": 29500,
     },

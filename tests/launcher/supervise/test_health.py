@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from launcher.cluster import detect
 from launcher.cluster.detect import DetectedGpu
 from launcher.config import Job, SuperviseConfig
 from launcher.errors import ConfigError
+from launcher.preflight import gpus
 from launcher.supervise import health
 
 
@@ -68,3 +70,21 @@ def test_hidden_from_all_but_a_lost_device_there_is_none(
     assert health.devices(job) == 0
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert health.devices(job) == 1
+
+
+def test_sick_gpus_are_hidden_until_they_are_well(small_job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        DetectedGpu(index=i, uuid=f"GPU-{i}", name="NVIDIA H100 80GB HBM3", memory_gib=79.0) for i in range(3)
+    ]
+    monkeypatch.setattr(detect, "_query_nvml", lambda: found)
+    readings = [{"index": 1.0, "remap_pending": 1.0}, {"index": 2.0, "used_gib": 70.0}]
+    monkeypatch.setattr(gpus, "readings", lambda: readings)
+    on_device = replace(small_job.cluster, gpu=replace(small_job.cluster.gpu, device="cuda"))
+    job = replace(small_job, cluster=on_device, submit=replace(small_job.submit, preflight=True))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,1,0")
+    assert health.devices(job, given="2,1,0") == 2, "memory in use is our own workers', now and then"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-2,GPU-0"
+    readings.pop(0)
+    assert health.devices(job, given="2,1,0") == 3
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,1,0"
+    assert health.devices(replace(job, submit=small_job.submit)) == 3

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from launcher.cluster.nccl_trial import OPERATIONS, cells
+from launcher.verbs.tune_worker import Rank
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def rank() -> Iterator[Rank]:
+    """A group of one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=0, world_size=1)
+    yield Rank(store=store, rank=0, world_size=1, device=torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_rank_0_takes_turns_until_it_is_told_to_end(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\ngo\nend\n"))
+    rank.serve()
+    ready, *turns = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert ready == "ready" and len(turns) == 2
+    assert all(len(turn) == len(cells("cpu")) and min(turn) > 0 for turn in turns)
+
+
+def test_a_launcher_that_is_gone_is_an_end(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    rank.serve()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_more_bytes_take_longer(rank: Rank, operation: str) -> None:
+    assert 0 < rank._seconds(operation, 2**10) < rank._seconds(operation, 2**26)
