@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,12 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
         return Failure(cause="storage_full", error=error)
     text = f"the workers ended with exit code {ending.code} and left no error file; see {log}"
     return Failure(cause="unknown", error=TrainingError(text))
+
+
+def lost_node(host: str, *, ranks: Sequence[int], why: str) -> Failure:
+    """Blame a host that went away with all its ranks, or that the others cannot reach."""
+    error = LostRankError(f"host {host} (ranks {ranks[0]} to {ranks[-1]}) is lost: {why}")
+    return Failure(cause="lost_node", error=error, rank=ranks[0], host=host)
 
 
 def _records(run: RunDir) -> Iterator[dict[str, Any]]:

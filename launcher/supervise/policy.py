@@ -13,6 +13,7 @@ Cause = Literal[
     "plan_impossible",
     "out_of_memory",
     "lost_rank",
+    "lost_node",
     "hang",
     "collective_timeout",
     "bad_loss",

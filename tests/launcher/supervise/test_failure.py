@@ -11,7 +11,7 @@ import pytest
 from launcher import errors
 from launcher.heartbeat import Beat
 from launcher.run_dir import RunDir
-from launcher.supervise.failure import Failure, explain
+from launcher.supervise.failure import Failure, explain, lost_node
 from launcher.supervise.start import Ending, Hang
 from launcher.supervise.watch import Culprit, Stall
 
@@ -234,3 +234,9 @@ def test_a_hang_names_who_holds_up_the_run_and_where_the_stacks_are(run: RunDir)
         "rank 1 on far holds up the run: its process is stopped; no sign of life for 10.4 s "
         f"(supervise.step_timeout_s=10), the stacks of all ranks are in {run.logs}"
     )
+
+
+def test_a_lost_host_is_named_with_its_ranks() -> None:
+    found = lost_node("b", ranks=range(8, 16), why="no word from it for 60 s")
+    assert (found.cause, found.rank, found.host, found.error.exit_code) == ("lost_node", 8, "b", 12)
+    assert str(found.error) == "host b (ranks 8 to 15) is lost: no word from it for 60 s"
