@@ -20,7 +20,7 @@ STATES = {
     "interrupted": "interrupted",
     "failed": "failed",
     "restarting": "restarting",
-    "paused": "waiting for devices",
+    "paused": "waiting for devices or hosts",
     "finished": "finished",
 }
 
