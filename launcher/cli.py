@@ -32,8 +32,9 @@ meshwright VERB [key=value ...] [--json]
   best SWEEP_DIR    print the command that launches its fastest point; --per-gpu
   resume RUN_DIR    go on from the newest good checkpoint; plan.tp=1 and the like behind it go on under another
                     plan, where the engine's checkpoints allow it
-  submit [RUN_DIR]  plan, freeze and queue with submit=slurm, print with submit=torchrun, start on hosts with
-                    submit=ssh; --dry-run only tells. A RUN_DIR is queued again
+  submit [RUN_DIR]  plan, freeze and queue with submit=slurm, start this host's part and print that of the others
+                    with submit=torchrun, start all hosts with submit=ssh; --dry-run only tells. A RUN_DIR is
+                    queued again; --node-rank N starts its host number N here
   status RUN_DIR    where its jobs and its steps stand
   cancel RUN_DIR    leave with a checkpoint; --now without
   logs RUN_DIR      what it wrote; -f goes on

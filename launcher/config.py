@@ -30,7 +30,7 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SubmitConfig:
-    """How workers are started: here, by Slurm, or on hosts that are named (torchrun on each, or through ssh)."""
+    """How workers are started: here, by Slurm, or on hosts that are named (by a person on each, or through ssh)."""
 
     name: Literal["local", "slurm", "torchrun", "ssh"] = "local"
     port: int | None = None  # of the rendezvous; null: a free one, or one that the job's number gives
@@ -100,6 +100,9 @@ class SuperviseConfig:
         1800.0  # without a sign of life: start-up, the first step, evaluations, checkpoints
     )
     step_timeout_s: float = 600.0  # the same in the loop
+    # Several hosts without Slurm.
+    host_timeout_s: float = 60.0  # without a word from a host's launcher, or a way to the first host
+    host_wait_s: float = 3600.0  # for hosts that are missing, before a start
     # What may be changed when memory runs out, in this order; the global batch stays as it is.
     on_out_of_memory: tuple[MemoryRemedy, ...] = ()
     # What may be changed when loss or gradient norm are no number, or the loss leaps, in this order.
@@ -126,7 +129,7 @@ class SuperviseConfig:
             raise ValueError(
                 f"supervise.spike_factor={self.spike_factor} must be above 1; null looks for no spikes"
             )
-        for key in ("init_timeout_s", "step_timeout_s", "health_interval_s"):
+        for key in ("init_timeout_s", "step_timeout_s", "health_interval_s", "host_timeout_s", "host_wait_s"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"supervise.{key}={getattr(self, key)} must be above 0 seconds")
 

@@ -105,6 +105,11 @@ class RunDir:
         return self.path / "heartbeats"
 
     @property
+    def hosts(self) -> Path:
+        """What the launchers of several hosts tell each other."""
+        return self.path / "hosts"
+
+    @property
     def lock_file(self) -> Path:
         """Locked while a launcher or its workers use the run."""
         return self.path / "lock"
@@ -125,12 +130,11 @@ class RunDir:
 
     def plan(self) -> Plan:
         """Decode the plan out of plan.json."""
-        data = self.plan_data()
-        if data.get("format") != PLAN_FORMAT:
-            raise RunDirError(
-                f"{self.plan_file} has format {data.get('format')}; this version reads {PLAN_FORMAT}"
-            )
-        return decode(Plan, {f.name: data[f.name] for f in fields(Plan) if f.name in data}, "plan")
+        return _plan(self.plan_file)
+
+    def first_plan(self) -> Plan:
+        """Decode the plan that the run was frozen with, before any other took its place."""
+        return _plan(next(iter(sorted(self.old_plans.glob("plan_*.json"))), self.plan_file))
 
     def plan_data(self) -> dict[str, Any]:
         """plan.json as it stands: plan, predictions, runners-up, rejections."""
@@ -176,7 +180,7 @@ _STATES = {
     "interrupted": "interrupted",
     "failed": "failed",
     "restarting": "restarting",
-    "paused": "waiting for devices",
+    "paused": "waiting for devices or hosts",
     "finished": "finished",
 }
 
@@ -184,6 +188,13 @@ _STATES = {
 def state(events: Sequence[dict[str, Any]]) -> str:
     """The word for where the run stands, from its last telling event."""
     return next((_STATES[e["event"]] for e in reversed(events) if e["event"] in _STATES), "unknown")
+
+
+def _plan(file: Path) -> Plan:
+    data = _mapping(_read(file, json.loads), file)
+    if data.get("format") != PLAN_FORMAT:
+        raise RunDirError(f"{file} has format {data.get('format')}; this version reads {PLAN_FORMAT}")
+    return decode(Plan, {f.name: data[f.name] for f in fields(Plan) if f.name in data}, "plan")
 
 
 def since_replanned(events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -284,15 +295,17 @@ def open_run(path: Path) -> RunDir:
     return run
 
 
-def lock(run: RunDir) -> int:
-    """Take the run for this process and those that inherit the returned descriptor.
+def lock(run: RunDir, *, node: int = 0) -> int:
+    """Take the run, on host number `node`, for this process and those that inherit the returned descriptor.
 
     The lock goes with the last of them, so workers that outlive a killed launcher still hold it.
     """
+    file = run.lock_file if node == 0 else run.hosts / f"host_{node:05d}.lock"
     try:
-        descriptor = os.open(run.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        file.parent.mkdir(exist_ok=True)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise RunDirError(f"{run.lock_file} cannot be written: {error.strerror}; make it writable") from error
+        raise RunDirError(f"{file} cannot be written: {error.strerror}; make it writable") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

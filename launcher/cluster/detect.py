@@ -81,6 +81,9 @@ def complete(config: Mapping[str, Any], *, machine: Machine | None = None) -> di
         )
     wanted = given.get("gpus_per_node")
     found = _describe_cpu(machine, wanted) if on_cpu else _describe_gpus(machine, wanted)
+    if on_cpu and given.get("num_nodes", 1) > 1 and found["gpus_per_node"] > 1:
+        inside = found["links"][0] | {"size": found["gpus_per_node"]}
+        found["links"] = [inside, *found["links"]]  # another one leads to the next host
     return {"name": "local", "num_nodes": 1} | found | given | {"gpu": found["gpu"] | gpu}
 
 

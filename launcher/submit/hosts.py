@@ -1,4 +1,4 @@
-"""A frozen run on hosts that are named: the same torchrun on each, to be typed there or started through ssh."""
+"""A frozen run on hosts that are named: a launcher on each, typed there or started through ssh, and its torchrun."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from launcher.cluster import network
 from launcher.cluster.placement import hosts_in_a_group
 from launcher.cluster.switches import order
 from launcher.config import Job
 from launcher.errors import ConfigError, TrainingError
+from launcher.run_dir import RunDir
 from strategies.spec import Plan
 
 _LOOK_S = 0.5
-_PATIENCE_S = 30.0  # for ssh to take the other side down
+_PATIENCE_S = 30.0  # for ssh to take the other side down, and for hosts to end after the first one
+_AGAIN_S = 5.0
+_CUT_OFF = (129, 137, 255)  # hung up, killed, and ssh's own word for a connection that failed
 # What a worker has to find again on another host; ssh starts a bare shell.
 _CARRIED = ("PYTHONPATH", "PYTHONNOUSERSITE", "MESHWRIGHT_HOME", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
 
@@ -46,6 +51,11 @@ def named(job: Job, plan: Plan) -> tuple[str, ...]:
     return names[: job.cluster.num_nodes]
 
 
+def of_run(run: RunDir) -> tuple[str, ...]:
+    """Return the hosts of a frozen run; another plan does not change their order, since each has its number by then."""
+    return named(run.job(), run.first_plan())
+
+
 def read_hostfile(path: str) -> tuple[str, ...]:
     """Read a host a line; what stands behind it, and comments, are left alone."""
     try:
@@ -58,25 +68,43 @@ def read_hostfile(path: str) -> tuple[str, ...]:
     return tuple(word[0] for word in words if word)
 
 
-def argv(
-    path: Path, *, job: Job, hosts: Sequence[str], rank: int, python: str, environment: Mapping[str, str]
-) -> list[str]:
-    """Return what host number `rank` starts: torchrun with a rendezvous on the first host."""
+def port_of(path: Path, job: Job) -> int:
+    """Return the port of the rendezvous: derived from the folder, so that every host comes to the same one."""
+    return job.submit.port or 20000 + zlib.crc32(str(path).encode()) % 10000
+
+
+def argv(path: Path, *, job: Job, node: int, python: str, environment: Mapping[str, str]) -> list[str]:
+    """Return what starts the launcher of host number `node`."""
     submit = job.submit
-    # Derived from the folder, so that every host that is typed to comes to the same one.
-    port = submit.port or 20000 + zlib.crc32(str(path).encode()) % 10000
     carried = [f"{key}={environment[key]}" for key in _CARRIED if key in environment]
     return [
         *(["env", *carried] if carried else []),
         *submit.prefix,
-        *[submit.inside or python, "-m", "torch.distributed.run"],
-        f"--nnodes={len(hosts)}",
-        f"--node-rank={rank}",
-        f"--nproc-per-node={job.cluster.gpus_per_node}",
-        f"--master-addr={_bare(hosts[0])}",
-        f"--master-port={port}",
-        *["-m", "launcher", "resume", str(path)],
+        *[submit.inside or python, "-m", "launcher", "submit", str(path), f"--node-rank={node}"],
     ]
+
+
+def torchrun_argv(path: Path, *, job: Job, hosts: Sequence[str], node: int, python: str) -> list[str]:
+    """Return how that launcher starts its workers: torchrun with a rendezvous on the first host."""
+    return [
+        *[python, "-m", "torch.distributed.run"],
+        f"--nnodes={len(hosts)}",
+        f"--node-rank={node}",
+        f"--nproc-per-node={job.cluster.gpus_per_node}",
+        f"--master-addr={address(hosts[0])}",
+        f"--master-port={port_of(path, job)}",
+        *["-m", "launcher.training.worker", str(path)],
+    ]
+
+
+def node_here(names: Sequence[str]) -> int | None:
+    """Return which of the hosts this one is; None where it is none of them."""
+    return next((node for node, name in enumerate(names) if network.is_here(address(name))), None)
+
+
+def way_between(names: Sequence[str], node: int) -> str | None:
+    """Return the interface of host number `node` that leads to the others."""
+    return network.interface_to(address(names[1 if node == 0 else 0]))
 
 
 def ssh_argv(ssh: Sequence[str], host: str, command: Sequence[str]) -> list[str]:
@@ -86,36 +114,80 @@ def ssh_argv(ssh: Sequence[str], host: str, command: Sequence[str]) -> list[str]
 
 
 def start(commands: Mapping[str, Sequence[str]], *, log: Path, stop_file: Path) -> None:
-    """Start one command for each host and wait; raise TrainingError with the first host that failed.
+    """Start one command for each host, and wait; raise TrainingError with the exit code of the first host.
 
-    Ctrl-C asks the workers to leave with a checkpoint, once more ends them at once.
+    A host that is cut off is started again while the others go on. Ctrl-C asks the workers to leave with a
+    checkpoint, once more ends them at once.
     """
-    processes: dict[str, subprocess.Popen[bytes]] = {}
+    lines: list[_Line] = []
     with log.open("ab") as out:
         try:
             for host, command in commands.items():
-                processes[host] = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
-                )
-            _wait(processes, log=log, stop_file=stop_file)
+                lines.append(_Line(host, command, out=out))
+            _wait(lines, log=log, stop_file=stop_file)
         finally:
-            for process in processes.values():
-                _end(process)
+            for line in lines:
+                line.end()
 
 
-def _wait(processes: Mapping[str, subprocess.Popen[bytes]], *, log: Path, stop_file: Path) -> None:
-    left = dict(processes)
-    asked = False
-    while left:
+class _Line:
+    """The command of one host."""
+
+    def __init__(self, host: str, command: Sequence[str], *, out: BinaryIO) -> None:
+        self.host, self._command, self._out = host, command, out
+        self._ended: float | None = None
+        self._process = self._begin()
+
+    def _begin(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.DEVNULL,
+            stdout=self._out,
+            stderr=self._out,
+            start_new_session=True,
+        )
+
+    def look(self, now: float) -> int | None:
+        """Return the exit code of a host that is through; one that was cut off begins again."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        self._ended = now if self._ended is None else self._ended
+        if code >= 0 and code not in _CUT_OFF:
+            return code
+        if now - self._ended > _AGAIN_S:
+            self._process, self._ended = self._begin(), None
+        return None
+
+    def through_s(self, now: float) -> float:
+        """Return since when it has ended."""
+        return 0.0 if self._ended is None else now - self._ended
+
+    def end(self) -> None:
+        """Take it down, if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _wait(lines: Sequence[_Line], *, log: Path, stop_file: Path) -> None:
+    asked, first = False, lines[0]
+    while True:
         try:
             time.sleep(_LOOK_S)
-            for host, process in list(left.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del left[host]
-                if code:
-                    raise TrainingError(f"host {host} ended with exit code {code}; see {log}")
+            now = time.monotonic()
+            codes = {line: line.look(now) for line in lines}
+            # The first host leads: what another one ends with is mostly its word.
+            late = first.through_s(now) > _PATIENCE_S
+            for line, code in codes.items():
+                if code and (line is first or line.through_s(now) > _PATIENCE_S):
+                    raise TrainingError(f"host {line.host} ended with exit code {code}; see {log}")
+            if codes[first] == 0 and (late or None not in codes.values()):
+                return
         except KeyboardInterrupt:
             if asked:
                 raise
@@ -124,17 +196,7 @@ def _wait(processes: Mapping[str, subprocess.Popen[bytes]], *, log: Path, stop_f
             print("meshwright: stopping with a checkpoint; once more to end at once", file=sys.stderr)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-    try:
-        process.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _bare(host: str) -> str:
+def address(host: str) -> str:
     """Return the address in `user@host`."""
     return host.rpartition("@")[2]
 

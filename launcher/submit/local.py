@@ -42,9 +42,14 @@ def argv(
 
 
 def environment(
-    inherited: Mapping[str, str], *, num_processes: int, num_cores: int, python: str = sys.executable
+    inherited: Mapping[str, str],
+    *,
+    num_processes: int,
+    num_cores: int,
+    python: str = sys.executable,
+    interface: str | None = "lo",  # to the other ranks; None: gloo looks up the address of the host's name
 ) -> dict[str, str]:
-    """What the workers inherit, and the few variables a run on one host needs. Values that are set stay."""
+    """What the workers of this host inherit, and the few variables they need. Values that are set stay."""
     defaults = {
         "OMP_NUM_THREADS": str(max(1, num_cores // num_processes)),
         # A restarted group must not read the keys of its predecessor: pytorch/pytorch#135712.
@@ -52,8 +57,8 @@ def environment(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
-    if sys.platform == "linux":
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    if sys.platform == "linux" and interface is not None:
+        defaults["GLOO_SOCKET_IFNAME"] = interface
     return {**defaults, **surroundings(inherited, python)}
 
 
@@ -88,7 +93,8 @@ def check_host(cluster: ClusterSpec, plan: Plan, *, start: str) -> None:
     """Raise unless this host alone can run the plan; `start` says what each of several nodes has to run, and `."""
     if cluster.num_nodes > 1:
         raise ClusterError(
-            f"cluster.num_nodes={cluster.num_nodes} needs a start on every node; run there `torchrun "
+            f"cluster.num_nodes={cluster.num_nodes} needs a start on every node: `meshwright submit` with "
+            "submit=slurm, submit=ssh or submit=torchrun makes and supervises them, or run there `torchrun "
             f"--nnodes={cluster.num_nodes} --nproc-per-node={cluster.gpus_per_node} --rdzv-backend=c10d "
             f"--rdzv-endpoint=HOST:PORT -m launcher {start}"
         )

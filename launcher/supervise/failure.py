@@ -27,6 +27,7 @@ from launcher.errors import (
     TrainingError,
 )
 from launcher.run_dir import RunDir
+from launcher.supervise.notes import Death
 from launcher.supervise.policy import Cause
 from launcher.supervise.start import Ending, Hang
 
@@ -81,15 +82,26 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
 
     `out_of_memory_kills` are those that the kernel reports for the time of this start.
     """
-    if ending.hang is not None:
+    if ending.hang is not None and not ending.lost:
         return _from_hang(run, ending.hang)
     records = sorted(_records(run), key=_cause_first)
     log = run.logs / "stderr.log"
     if records and not _lost_a_peer(records[0]):
         return _from_record(records[0])
-    killed = _killed(ending, log)
-    if killed is not None:
-        return _from_signal(*killed, log=log, out_of_memory=out_of_memory_kills > 0)
+    if ending.lost:
+        gone = ending.lost[0]
+        return lost_node(gone.host, ranks=gone.ranks, why=gone.why)
+    here = deaths(
+        ending.code,
+        log=log,
+        log_from=ending.stderr_from,
+        out_of_memory=out_of_memory_kills > 0,
+        alone=ending.world_size == 1,
+    )
+    # torchrun ends the ranks that are left with SIGTERM, so that signal is the last one to believe.
+    found = min((*here, *ending.deaths), key=lambda death: death.signal == signal.SIGTERM, default=None)
+    if found is not None:
+        return _from_signal(found)
     if records:
         return _from_record(records[0])
     if shutil.disk_usage(run.path).free < _FULL_DISK_BYTES:
@@ -103,9 +115,13 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
 
 def lost_node(host: str, *, ranks: Sequence[int], why: str) -> Failure:
     """Blame a host that went away with all its ranks, those that are known, or that the others cannot reach."""
-    which = f" (ranks {ranks[0]} to {ranks[-1]})" if ranks else ""
+    which = f" (rank{_span(ranks)})" if ranks else ""
     error = LostRankError(f"host {host}{which} is lost: {why}")
     return Failure(cause="lost_node", error=error, rank=ranks[0] if ranks else None, host=host)
+
+
+def _span(ranks: Sequence[int]) -> str:
+    return f" {ranks[0]}" if len(ranks) == 1 else f"s {ranks[0]} to {ranks[-1]}"
 
 
 def _records(run: RunDir) -> Iterator[dict[str, Any]]:
@@ -114,25 +130,24 @@ def _records(run: RunDir) -> Iterator[dict[str, Any]]:
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def _killed(ending: Ending, log: Path) -> tuple[int | None, int] | None:
-    """Return rank and signal of who was killed first; the rank is None where it was torchrun itself."""
-    if ending.code < 0:
-        return (0 if ending.world_size == 1 else None), -ending.code
-    return _killed_rank(log, stderr_from=ending.stderr_from)
+def deaths(code: int, *, log: Path, log_from: int, out_of_memory: bool, alone: bool = False) -> list[Death]:
+    """Return what signals ended on this host: torchrun itself (or, `alone`, the only worker), else ranks it tells of.
 
-
-def _killed_rank(log: Path, *, stderr_from: int) -> tuple[int, int] | None:
-    """Rank and signal in torchrun's summary: its root cause if that died by one, else another rank.
-
-    torchrun ends the ranks that are left with SIGTERM, so that signal is the last one to believe.
+    In torchrun's summary its root cause comes first.
     """
-    with log.open("rb") as file:
-        file.seek(stderr_from)
-        text = file.read().decode("utf-8", errors="replace")
-    others, _, root_cause = text.rpartition("Root Cause")
-    failures = [*_TORCHRUN_FAILURE.finditer(root_cause), *_TORCHRUN_FAILURE.finditer(others)]
-    killed = [(int(found["rank"]), -int(found["code"])) for found in failures if int(found["code"]) < 0]
-    return min(killed, key=lambda death: death[1] == signal.SIGTERM, default=None)
+    host = socket.gethostname()
+    found: list[tuple[int | None, int]] = [(0 if alone else None, -code)]
+    if code >= 0:
+        with log.open("rb") as file:
+            file.seek(log_from)
+            text = file.read().decode("utf-8", errors="replace")
+        others, _, root_cause = text.rpartition("Root Cause")
+        failures = [*_TORCHRUN_FAILURE.finditer(root_cause), *_TORCHRUN_FAILURE.finditer(others)]
+        found = [(int(each["rank"]), -int(each["code"])) for each in failures if int(each["code"]) < 0]
+    return [
+        Death(rank=rank, signal=number, host=host, log=str(log), out_of_memory=out_of_memory)
+        for rank, number in found
+    ]
 
 
 def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:
@@ -196,16 +211,17 @@ def _sentence(record: dict[str, Any]) -> str:
     return f"rank {record['rank']} on {record['host']} failed{where}: {reason}; full traceback in {record['traceback']}"
 
 
-def _from_signal(rank: int | None, number: int, *, log: Path, out_of_memory: bool) -> Failure:
-    name, host = signal.Signals(number).name, socket.gethostname()
+def _from_signal(death: Death) -> Failure:
+    rank, host = death.rank, death.host
     who = "torchrun" if rank is None else f"rank {rank}"
-    if out_of_memory and number == signal.SIGKILL:
+    if death.out_of_memory and death.signal == signal.SIGKILL:
         error: LauncherError = DeviceMemoryError(
             f"{who} on {host} was killed by the kernel, out of host memory; use a smaller plan.micro_batch_size, "
             "plan.recompute=full or a higher plan.zero_stage"
         )
         return Failure(cause="out_of_memory", error=error, rank=rank, host=host)
-    error = LostRankError(f"{who} on {host} was killed by {name}; see {log}")
+    name = signal.Signals(death.signal).name
+    error = LostRankError(f"{who} on {host} was killed by {name}; see {death.log}")
     return Failure(cause="lost_rank", error=error, rank=rank, host=host)
 
 

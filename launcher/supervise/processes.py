@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -89,17 +89,26 @@ def end(run: RunDir) -> None:
 
     torchrun starts each rank in a session of its own, so a killed torchrun leaves them behind.
     """
-    left = list(_workers(run))
+    _kill(process for process, launcher in _workers(run) if launcher == os.getpid())
+
+
+def end_orphans(run: RunDir) -> None:
+    """Do the same with workers of `run` whose launcher is gone."""
+    _kill(process for process, launcher in _workers(run) if not psutil.pid_exists(launcher))
+
+
+def _kill(left: Iterable[psutil.Process]) -> None:
+    left = list(left)
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=_GONE_S)
 
 
-def _workers(run: RunDir) -> Iterator[psutil.Process]:
-    """Yield processes that this launcher has started for `run`, and theirs."""
+def _workers(run: RunDir) -> Iterator[tuple[psutil.Process, int]]:
+    """Yield processes that a launcher on this host has started for `run`, and theirs, with that launcher's number."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            ours = process.environ().get(LAUNCHER_PID) == str(os.getpid())
-            if ours and str(run.path) in process.cmdline():
-                yield process
+            launcher = process.environ().get(LAUNCHER_PID)
+            if launcher is not None and str(run.path) in process.cmdline():
+                yield process, int(launcher)

@@ -26,13 +26,20 @@ class StopRequests:
 
     run: RunDir
     exporting: bool = False
+    only_here: frozenset[signal.Signals] = (
+        frozenset()
+    )  # these ask this launcher to leave, and not the run to end
     process: subprocess.Popen[bytes] | None = None
     received: signal.Signals | None = None
     count: int = 0
+    leaves: bool = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
         self.received = self.received or signal.Signals(number)
+        if number in self.only_here:
+            self.leaves = True
+            return
         if self.count == 1 and not self.exporting:
             # Whatever is raised here would come up wherever the launcher is at this moment and end it; print may,
             # where the terminal went away or another print was interrupted.

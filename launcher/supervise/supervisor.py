@@ -16,6 +16,7 @@ from launcher.supervise import memory, remedy
 from launcher.supervise.devices import Devices
 from launcher.supervise.failure import Failure, explain
 from launcher.supervise.ladder import Change
+from launcher.supervise.others import Others, lead
 from launcher.supervise.policy import Attempt, decide, failed_alike
 from launcher.supervise.start import Ending, start
 from launcher.supervise.stop_requests import StopRequests, handling
@@ -23,7 +24,7 @@ from launcher.supervise.watch import step_reached
 
 
 def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) -> int:
-    """Run the workers, to train or to export, through failures that another start can mend.
+    """Run the workers, to train or to export, through failures that another start can mend, and lead other hosts.
 
     Return 0, 129, 130 or 143; raise what the last start died of.
     """
@@ -31,9 +32,12 @@ def run_workers(run: RunDir, *, quiet_stdout: bool, export: Path | None = None) 
     descriptor = lock(run)
     try:
         run.stop_file.unlink(missing_ok=True)  # of an earlier day; from now on it is meant for us
-        with handling(requests):
-            supervisor = _Supervisor(run=run, requests=requests, quiet_stdout=quiet_stdout, lock=descriptor)
-            return supervisor.train() if export is None else supervisor.export(export)
+        with handling(requests), lead(run) as others:
+            supervisor = _Supervisor(
+                run=run, requests=requests, quiet_stdout=quiet_stdout, lock=descriptor, others=others
+            )
+            others.exit_code = supervisor.train() if export is None else supervisor.export(export)
+            return others.exit_code
     finally:
         os.close(descriptor)
 
@@ -46,6 +50,7 @@ class _Supervisor:
     requests: StopRequests
     quiet_stdout: bool
     lock: int
+    others: Others
     attempts: list[Attempt] = field(default_factory=list)  # that failed
     furthest: int = 0  # steps completed by any start
 
@@ -63,12 +68,14 @@ class _Supervisor:
         """Start the workers until they end well, or until another start is of no use."""
         devices = Devices(run=self.run, requests=self.requests)
         while True:
-            if not devices.prepare():
+            if not devices.prepare() or not self.others.gather(self.requests):
                 return self._interrupted()
             checkpoint = self._newest_checkpoint()
             ending, failure = self._start(export=None, on_look=devices.look)
             if self._ends_on_request(failure):
                 return self._interrupted()
+            if failure is not None and failure.cause == "lost_node" and self._is_finished():
+                return 0  # it went when all was done
             if failure is not None:
                 self._log_failure("failed", failure, ending)
                 self._take_in(failure, ending, checkpoint)
@@ -84,6 +91,7 @@ class _Supervisor:
             export=export,
             lock=self.lock,
             on_look=on_look,
+            others=self.others,
         )
         if ending.code == 0:
             return ending, None

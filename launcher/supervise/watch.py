@@ -65,6 +65,10 @@ class Watch:
             unreported=tuple(rank for rank in self._since if rank not in self._beats),
         )
 
+    def last_beat(self, ranks: range) -> float:
+        """Return when one of `ranks` was last seen to give a sign of life, on the clock of `look`."""
+        return max(self._since[rank] for rank in ranks)
+
     def _limit(self, rank: int) -> tuple[str, float]:
         beat = self._beats.get(rank)
         key = "step_timeout_s" if beat is not None and beat.phase == "stepping" else "init_timeout_s"

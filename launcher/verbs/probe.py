@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from launcher import compose, torchrun
-from launcher.cluster import detect
+from launcher.cluster import detect, network
 from launcher.cluster.fit import to_cluster
 from launcher.cluster.spec import ClusterSpec, Measured
 from launcher.decode import decode, encode
@@ -135,7 +135,10 @@ def measure(cluster: ClusterSpec, *, seconds: float) -> dict[str, Any] | None:
         num_processes = 1 if given else cluster.world_size
         command = local.argv(run_dir=request, num_processes=num_processes, port=None, module=WORKER)
         environment = local.environment(
-            os.environ, num_processes=cluster.gpus_per_node, num_cores=detect.count_cores()
+            os.environ,
+            num_processes=cluster.gpus_per_node,
+            num_cores=detect.count_cores(),
+            interface="lo" if cluster.num_nodes == 1 else network.interface_to(os.environ["MASTER_ADDR"]),
         )
         _finish(command, environment, timeout_s=seconds + _START_S)
         if rank != 0:

@@ -17,11 +17,20 @@ from launcher.freeze import Decision, decide, freeze, possible
 from launcher.output import Output
 from launcher.run_dir import RunDir
 from launcher.submit import hosts, slurm
-from launcher.verbs import show, words
+from launcher.verbs import see, show, words
+from launcher.verbs.drive import drive
 from strategies.spec import Plan
 
-DRY_RUN, NOW, FOLLOW = "--dry-run", "--now", ("-f", "--follow")
+DRY_RUN, NODE_RANK, NOW, FOLLOW = "--dry-run", "--node-rank", "--now", ("-f", "--follow")
 _LOOK_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The flags of the verb."""
+
+    dry_run: bool = False
+    node: int | None = None  # start the part of this host here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,38 +43,55 @@ class _Subject:
     python: str
 
 
+def take_flags(arguments: Sequence[str]) -> tuple[Asked, list[str]]:
+    """Take --dry-run and --node-rank out of the words."""
+    rest = [word for word in arguments if word != DRY_RUN]
+    dry_run, node = len(rest) < len(arguments), None
+    for place, word in enumerate(rest):
+        flag, equals, value = word.partition("=")
+        if flag != NODE_RANK:
+            continue
+        value = value if equals else next(iter(rest[place + 1 :]), "")
+        if not value.isdecimal():
+            raise ConfigError(f"{NODE_RANK} {value} is no host; count the hosts of the run from 0")
+        node = int(value)
+        del rest[place : place + (1 if equals else 2)]
+        break
+    return Asked(dry_run=dry_run, node=node), rest
+
+
 def submit(arguments: list[str], output: Output) -> int:
     """Start each job where its submit=NAME says, or a frozen run again."""
-    dry_run, rest = DRY_RUN in arguments, [word for word in arguments if word != DRY_RUN]
+    asked, rest = take_flags(arguments)
     if words.names_a_run(rest):
-        return submit_run(words.open_run("submit", rest), output, dry_run=dry_run)
-    for job in possible(words.jobs("submit", rest, output)):
-        submit_job(job, output, dry_run=dry_run)
-    return FINISHED
+        return submit_run(words.open_run("submit", rest), output, asked=asked)
+    jobs = possible(words.jobs("submit", rest, output))
+    codes = [submit_job(job, output, asked=asked) for job in jobs]
+    return next((code for code in codes if code != FINISHED), FINISHED)
 
 
-def submit_job(job: Job, output: Output, *, dry_run: bool) -> int:
+def submit_job(job: Job, output: Output, *, asked: Asked) -> int:
     """Plan, freeze and start one job where submit=NAME says."""
     _check_place(job)
-    if dry_run:
+    if asked.dry_run:
         found = decide(job)
         subject = _Subject(path=found.path, job=job, plan=found.plan, python=found.python.path)
         return _tell(subject, output)
-    return submit_run(freeze(job, output, runs_here=False), output)
+    return submit_run(freeze(job, output, runs_here=False), output, asked=asked)
 
 
-def submit_run(run: RunDir, output: Output, *, dry_run: bool = False) -> int:
+def submit_run(run: RunDir, output: Output, *, asked: Asked) -> int:
     """Start a run that is frozen: a new one, or again one that was given up."""
     subject = _subject(run)
     job = subject.job
     _check_place(job)
-    if dry_run:
+    if asked.dry_run:
         return _tell(subject, output)
     if show.describe(run)["state"] == "finished":
         raise ConfigError(f"{run.path} is finished, there is nothing to submit; `show` tells of it")
     if job.submit.name == "slurm":
         return _queue(run, subject, output)
-    return _on_hosts(run, subject, output)
+    return _on_hosts(run, subject, output, node=asked.node)
 
 
 def _subject(run: RunDir) -> _Subject:
@@ -81,8 +107,17 @@ def _check_place(job: Job) -> None:
             "submit=local starts a run here, which `meshwright train` does; "
             "name another place with submit=slurm, submit=torchrun or submit=ssh"
         )
-    if job.submit.name != "slurm":
-        hosts.given(job)  # before anything is frozen
+    if job.submit.name == "slurm":
+        return
+    hosts.given(job)  # before anything is frozen
+    for key, asked in (
+        ("supervise.elastic", job.supervise.elastic),
+        ("checks.resume_is_exact", job.checks.resume_is_exact),
+    ):
+        if asked and job.cluster.num_nodes > 1:
+            raise ConfigError(
+                f"{key}=true works on one host, and cluster.num_nodes={job.cluster.num_nodes}; leave it out"
+            )
 
 
 # ---- Slurm --------------------------------------------------------------------------------------------------------
@@ -142,35 +177,37 @@ def _wait(run: RunDir, ids: Sequence[str]) -> None:
 # ---- hosts --------------------------------------------------------------------------------------------------------
 
 
-def _commands(subject: _Subject) -> dict[str, list[str]]:
+def _commands(subject: _Subject, names: Sequence[str]) -> dict[str, list[str]]:
     environment = surroundings(os.environ, subject.python)
-    names = hosts.named(subject.job, subject.plan)
     return {
         host: hosts.argv(
-            subject.path,
-            job=subject.job,
-            hosts=names,
-            rank=rank,
-            python=subject.python,
-            environment=environment,
+            subject.path, job=subject.job, node=node, python=subject.python, environment=environment
         )
-        for rank, host in enumerate(names)
+        for node, host in enumerate(names)
     }
 
 
-def _on_hosts(run: RunDir, subject: _Subject, output: Output) -> int:
-    commands = _commands(subject)
+def _on_hosts(run: RunDir, subject: _Subject, output: Output, *, node: int | None) -> int:
+    commands = _commands(subject, hosts.of_run(run))
+    if node is not None and node >= len(commands):
+        raise ConfigError(
+            f"{NODE_RANK}={node} is none of the {len(commands)} hosts of {run.path}; count them from 0"
+        )
     if subject.job.submit.name == "torchrun":
-        output.result({"run_dir": str(run.path), "commands": commands}, hosts.shown(commands))
-        return FINISHED
+        node = hosts.node_here(list(commands)) if node is None else node
+        if node is None:
+            output.result({"run_dir": str(run.path), "commands": commands}, hosts.shown(commands))
+            return FINISHED
+        elsewhere = {host: words for place, (host, words) in enumerate(commands.items()) if place != node}
+        output.say(hosts.shown(elsewhere))
+    if node is not None:
+        return drive(run, output, node=node)
     log = run.logs / "ssh.log"
     calls = {host: hosts.ssh_argv(subject.job.submit.ssh, host, words) for host, words in commands.items()}
     run.log_event("submitted", command=calls)
     output.say(f"log       {log}")
     hosts.start(calls, log=log, stop_file=run.stop_file)
-    facts = show.describe(run)
-    output.result(facts, show.to_text(facts))
-    return FINISHED
+    return see.tell(run, output)
 
 
 def _tell(subject: _Subject, output: Output) -> int:
@@ -184,7 +221,7 @@ def _tell(subject: _Subject, output: Output) -> int:
         text = "\n".join(map(hosts.quoted, calls)) + f"\n\n{script}"
         output.result({"run_dir": str(subject.path), "commands": calls, "script": script}, text)
         return FINISHED
-    commands = _commands(subject)
+    commands = _commands(subject, hosts.named(subject.job, subject.plan))
     if submit.name == "ssh":
         commands = {host: hosts.ssh_argv(submit.ssh, host, words) for host, words in commands.items()}
     output.result({"run_dir": str(subject.path), "commands": commands}, hosts.shown(commands))

@@ -42,7 +42,7 @@ from launcher.sweep.measured import stand, standing
 from launcher.sweep.page import page
 from launcher.sweep.points import Dropped, Expansion, expand, pin_words
 from launcher.sweep.standings import HEADER, WORDS, Standings, rows, sentences, to_json
-from launcher.verbs import submit, train, words
+from launcher.verbs import drive, submit, train, words
 
 DRY_RUN, PER_GPU = "--dry-run", "--per-gpu"
 _LOOK_S = 2.0
@@ -194,7 +194,7 @@ def _train(folder: SweepDir, output: Output) -> int:
             continue
         output.say(f"\npoint {number} of {len(entries)}  {entry.shown}")
         try:
-            code = train.work(run, output)
+            code = drive.work(run, output)
         except LauncherError as error:
             print_line(
                 f"meshwright: point {entry.name} failed (exit code {error.exit_code}): {error}", sys.stderr

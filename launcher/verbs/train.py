@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import freeze, replan, torchrun
-from launcher.cluster import placement
 from launcher.config import Job
 from launcher.errors import FINISHED, ConfigError
 from launcher.output import Output
 from launcher.run_dir import RunDir
 from launcher.submit import local
 from launcher.supervise.supervisor import run_workers
-from launcher.verbs import checks, preflight, see, show, words
+from launcher.verbs import see, show, words
+from launcher.verbs.drive import drive
 
 
 def train(arguments: list[str], output: Output) -> int:
@@ -33,7 +33,7 @@ def _train_one(job: Job, output: Output) -> int:
     if torchrun.started_us():
         torchrun.take_over(run)
         torchrun.become_worker(["--share", str(run.path)])
-    return _drive(run, output)
+    return drive(run, output)
 
 
 def resume(arguments: list[str], output: Output) -> int:
@@ -51,7 +51,7 @@ def resume(arguments: list[str], output: Output) -> int:
     if show.describe(run)["state"] == "finished":
         return see.tell(run, output)
     local.check_host(run.job().cluster, run.plan(), start=f"resume {run.path}`")
-    return _drive(run, output)
+    return drive(run, output)
 
 
 def _replan(run: RunDir, changes: Sequence[str]) -> None:
@@ -63,24 +63,6 @@ def _replan(run: RunDir, changes: Sequence[str]) -> None:
     if show.describe(run)["state"] == "finished":
         raise ConfigError(f"{run.path} is finished, there is nothing to plan anew; `show` tells of it")
     replan.replan(run, changes, rank=freeze.rank, check=lambda job, plan: local.check_gpus(job.cluster, plan))
-
-
-def work(run: RunDir, output: Output) -> int:
-    """Train a frozen run here, on this host's GPUs in their order; return 0, 129, 130 or 143."""
-    if run.job().submit.preflight:
-        preflight.require(run)
-    cluster = run.job().cluster
-    if cluster.gpu.device == "cuda" and cluster.gpus_per_node > 1:
-        placement.place(os.environ)  # the workers inherit it
-    return run_workers(run, quiet_stdout=output.as_json)
-
-
-def _drive(run: RunDir, output: Output) -> int:
-    code = work(run, output)
-    if code == FINISHED and show.describe(run)["state"] == "finished":
-        checks.check(run, quiet_stdout=output.as_json, say=output.say)
-    see.tell(run, output)
-    return code
 
 
 def export(arguments: list[str], output: Output) -> int:

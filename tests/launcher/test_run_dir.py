@@ -71,6 +71,23 @@ def test_one_launcher_at_a_time(run: RunDir) -> None:
     os.close(run_dir.lock(run))
 
 
+def test_each_host_has_a_lock_of_its_own(run: RunDir) -> None:
+    descriptors = [run_dir.lock(run, node=node) for node in (0, 1, 2)]
+    with pytest.raises(RunDirError, match=r"is in use by another launcher"):
+        run_dir.lock(run, node=1)
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def test_the_first_plan_is_remembered(run: RunDir) -> None:
+    frozen = run.plan()
+    assert run.first_plan() == frozen
+    for steps in (2, 4):
+        run_dir.refreeze(run, job=run.job(), plan={**run.plan_data(), "num_microbatches": steps})
+    assert run.plan().num_microbatches == 4
+    assert run.first_plan() == frozen
+
+
 def test_workers_hold_the_lock_of_a_launcher_that_died(run: RunDir) -> None:
     descriptor = run_dir.lock(run)
     worker = subprocess.Popen(["sleep", "60"], pass_fds=(descriptor,))

@@ -60,6 +60,12 @@ def test_on_a_cpu_any_number_of_processes_may_share() -> None:
     assert sixteen.gpu.peak_tflops["fp32"] == pytest.approx(four.gpu.peak_tflops["fp32"] / 4)
 
 
+def test_processes_of_several_hosts_have_a_link_inside_and_one_between() -> None:
+    assert [link.size for link in spec(CPU, num_nodes=2, gpus_per_node=4).links] == [4, None]
+    assert [link.size for link in spec(CPU, num_nodes=2, gpus_per_node=1).links] == [None]
+    assert [link.size for link in spec(CPU, gpus_per_node=4).links] == [None]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

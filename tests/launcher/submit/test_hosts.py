@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +13,7 @@ from launcher import compose
 from launcher.cluster.spec import Switch
 from launcher.config import Job, SubmitConfig
 from launcher.errors import ConfigError, TrainingError
+from launcher.run_dir import open_run, refreeze
 from launcher.submit import hosts
 from strategies.spec import Plan
 
@@ -52,36 +55,62 @@ def test_hosts_follow_their_switches_or_their_owner() -> None:
     assert hosts.named(job(submit, *tree), PLAN) == ("a", "b")
 
 
-def test_each_host_gets_the_same_torchrun_with_its_own_rank() -> None:
-    submit = SubmitConfig(name="ssh", hosts=("me@a", "b"), prefix=("nice",), port=29500)
+def test_another_plan_leaves_the_order_of_the_hosts(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("strategy=fake", "monitor=none", "data.max_bytes=200000", "training.sequence_length=32")
+    size = ("cluster.num_nodes=2", "cluster.gpus_per_node=1", "training.global_batch_size=8")
+    assert (
+        call(
+            "submit", *words, *size, "submit=torchrun", "submit.hosts=[x,y]", f"run_dir={tmp_path / 'r'}"
+        ).code
+        == 0
+    )
+    run = open_run(tmp_path / "r")
+    refreeze(run, job=run.job(), plan={**run.plan_data(), "num_microbatches": 2, "micro_batch_size": 2})
+    planned: list[int] = []
+
+    def named(job: Job, plan: Plan) -> tuple[str, ...]:
+        planned.append(plan.num_microbatches)
+        return ("x", "y")
+
+    monkeypatch.setattr(hosts, "named", named)
+    assert hosts.of_run(run) == ("x", "y")
+    assert planned == [1] != [run.plan().num_microbatches]
+
+
+def test_each_host_gets_a_launcher_with_its_own_rank() -> None:
+    submit = SubmitConfig(name="ssh", hosts=("me@a", "b"), prefix=("nice",))
+    environment = {"PYTHONPATH": "/m", "SECRET": "x"}
     made = [
-        hosts.argv(
-            Path("/r"),
-            job=job(submit),
-            hosts=submit.hosts,
-            rank=rank,
-            python="/v/python",
-            environment={"PYTHONPATH": "/m", "SECRET": "x"},
-        )
-        for rank in (0, 1)
+        hosts.argv(Path("/r"), job=job(submit), node=node, python="/v/python", environment=environment)
+        for node in (0, 1)
     ]
     assert made[0] == [
-        *("env", "PYTHONPATH=/m", "nice", "/v/python", "-m", "torch.distributed.run"),
-        *("--nnodes=2", "--node-rank=0", "--nproc-per-node=8", "--master-addr=a", "--master-port=29500"),
-        *("-m", "launcher", "resume", "/r"),
+        *("env", "PYTHONPATH=/m", "nice", "/v/python", "-m", "launcher", "submit", "/r", "--node-rank=0")
     ]
     assert [word for word in made[1] if word not in made[0]] == ["--node-rank=1"]
 
 
-def test_a_port_that_nobody_names_is_the_same_everywhere() -> None:
-    submit = SubmitConfig(name="torchrun", hosts=("a", "b"))
+def test_workers_meet_at_the_first_host_on_a_port_that_all_come_to() -> None:
+    submit = SubmitConfig(name="ssh", hosts=("me@a", "b"), port=29500)
+    made = [
+        hosts.torchrun_argv(Path("/r"), job=job(submit), hosts=submit.hosts, node=node, python="p")
+        for node in (0, 1)
+    ]
+    assert made[0] == [
+        *("p", "-m", "torch.distributed.run", "--nnodes=2", "--node-rank=0", "--nproc-per-node=8"),
+        *("--master-addr=a", "--master-port=29500", "-m", "launcher.training.worker", "/r"),
+    ]
+    assert [word for word in made[1] if word not in made[0]] == ["--node-rank=1"]
+    unnamed = job(SubmitConfig(name="torchrun", hosts=("a", "b")))
+    assert hosts.port_of(Path("/r"), unnamed) == hosts.port_of(Path("/r"), unnamed)
+    assert 20000 <= hosts.port_of(Path("/r"), unnamed) < 30000
 
-    def made(path: str) -> list[str]:
-        told = hosts.argv(Path(path), job=job(submit), hosts=submit.hosts, rank=0, python="p", environment={})
-        return [word for word in told if word.startswith("--master-port=")]
 
-    assert made("/r") == made("/r")
-    assert 20000 <= int(made("/r")[0].partition("=")[2]) < 30000
+def test_a_host_finds_itself_among_the_names() -> None:
+    assert hosts.node_here(["192.0.2.1", "me@127.0.0.1"]) == 1
+    assert hosts.node_here(["192.0.2.1", "no-such-host.invalid"]) is None
 
 
 @pytest.mark.parametrize("word", ["it's", 'a "b" c', "two\nlines", "$HOME", "*", "é", "--x=1 2"])
@@ -99,11 +128,37 @@ def test_what_is_shown_can_be_typed() -> None:
     assert shlex.split(shown.splitlines()[1]) == ["echo", "it's"]
 
 
-def test_the_first_host_that_fails_is_named_and_the_others_end(tmp_path: Path) -> None:
-    commands = {"good": ["sleep", "600"], "bad": ["sh", "-c", "echo no; exit 3"]}
-    with pytest.raises(TrainingError, match=r"host bad ended with exit code 3; see .*log"):
+def test_the_first_host_decides_and_the_others_end(tmp_path: Path) -> None:
+    commands = {"first": ["sh", "-c", "echo no; exit 3"], "good": ["sleep", "600"]}
+    with pytest.raises(TrainingError, match=r"host first ended with exit code 3; see .*log"):
         hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop")
     assert (tmp_path / "log").read_text() == "no\n"
+
+
+def test_another_host_that_fails_for_itself_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "_PATIENCE_S", 1.0)
+    with pytest.raises(TrainingError, match=r"host bad ended with exit code 5"):
+        hosts.start(
+            {"first": ["sleep", "600"], "bad": ["sh", "-c", "exit 5"]},
+            log=tmp_path / "log",
+            stop_file=tmp_path / "stop",
+        )
+
+
+def test_a_host_that_was_cut_off_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "_AGAIN_S", 0.1)
+    back = tmp_path / "back"
+    commands = {
+        "first": ["sh", "-c", f"while [ ! -e {back}.3 ]; do sleep 0.05; done"],
+        # As ssh says it, as a shell says it of a command that was killed, and as we see it ourselves.
+        "cut": [
+            *("sh", "-c"),
+            f"for n in 1 2 3; do [ -e {back}.$n ] || break; done; touch {back}.$n; "
+            "case $n in 1) exit 255;; 2) kill -9 $$;; esac",
+        ],
+    }
+    hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop")
+    assert Path(f"{back}.3").exists()
 
 
 def test_all_that_end_well_are_waited_for(tmp_path: Path) -> None:

@@ -38,6 +38,15 @@ def test_environment_keeps_what_the_user_set() -> None:
     assert local.environment({}, num_processes=2, num_cores=8)["OMP_NUM_THREADS"] == "4"
 
 
+@pytest.mark.parametrize(("interface", "told"), [("lo", "lo"), ("eth3", "eth3"), (None, None)])
+def test_ranks_talk_over_the_interface_that_leads_to_them(interface: str | None, told: str | None) -> None:
+    made = local.environment({}, num_processes=2, num_cores=8, interface=interface)
+    assert made.get("GLOO_SOCKET_IFNAME") == told
+    set_by_a_person = {"GLOO_SOCKET_IFNAME": "ib0"}
+    kept = local.environment(set_by_a_person, num_processes=2, num_cores=8, interface=interface)
+    assert kept["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
 def test_another_python_starts_the_workers_and_sees_nothing_of_ours() -> None:
     for processes in (1, 2):
         assert (

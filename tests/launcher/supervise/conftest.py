@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ from launcher import compose, freeze
 from launcher.config import Job
 from launcher.output import Output
 from launcher.run_dir import RunDir
-from launcher.submit import local
+from launcher.submit import hosts, local
+from launcher.supervise import notes
 
 SMALL = (
     *(
@@ -40,9 +42,27 @@ def frozen(tmp_path: Path) -> Callable[..., RunDir]:
 
     def make(*words: str) -> RunDir:
         (job,) = compose.jobs([*SMALL, f"run_dir={tmp_path / 'run'}", *words])
-        return freeze.freeze(job, Output(as_json=True))
+        return freeze.freeze(job, Output(as_json=True), runs_here=False)
 
     return make
+
+
+TWO_HOSTS = (
+    *("cluster.num_nodes=2", "cluster.gpus_per_node=1", "submit=torchrun", "submit.hosts=[127.0.0.1,b]"),
+    *("supervise.host_timeout_s=2", "supervise.host_wait_s=3"),
+)
+
+
+@pytest.fixture
+def on_two_hosts(frozen: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run of two ranks on two hosts, both of them this one, whose launchers talk fast and soon lose patience."""
+    monkeypatch.setattr(notes, "BEAT_S", 0.05)
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    run = frozen(*TWO_HOSTS, f"submit.port={port - 1}")
+    run.hosts.mkdir()
+    return run
 
 
 @pytest.fixture
@@ -69,6 +89,10 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], N
         def argv(*, run_dir: Path, **rest: Any) -> list[str]:
             return [sys.executable, str(script), str(run_dir)]
 
+        def torchrun_argv(path: Path, **rest: Any) -> list[str]:
+            return argv(run_dir=path)
+
         monkeypatch.setattr(local, "argv", argv)
+        monkeypatch.setattr(hosts, "torchrun_argv", torchrun_argv)
 
     return stand_in

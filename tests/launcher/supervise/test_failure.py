@@ -12,6 +12,8 @@ from launcher import errors
 from launcher.heartbeat import Beat
 from launcher.run_dir import RunDir
 from launcher.supervise.failure import Failure, explain, lost_node
+from launcher.supervise.notes import Death
+from launcher.supervise.others import Lost
 from launcher.supervise.start import Ending, Hang
 from launcher.supervise.watch import Culprit, Stall
 
@@ -240,3 +242,36 @@ def test_a_lost_host_is_named_with_its_ranks() -> None:
     found = lost_node("b", ranks=range(8, 16), why="no word from it for 60 s")
     assert (found.cause, found.rank, found.host, found.error.exit_code) == ("lost_node", 8, "b", 12)
     assert str(found.error) == "host b (ranks 8 to 15) is lost: no word from it for 60 s"
+    assert str(lost_node("b", ranks=range(1, 2), why="x").error) == "host b (rank 1) is lost: x"
+
+
+GONE = Lost(host="b", ranks=range(1, 2), why="no word from its launcher for 60 s")
+
+
+def over(run: RunDir, **more: Any) -> Failure:
+    return explain(run, Ending(**{"code": 1, "world_size": 2, "stderr_from": 0, "beats": (), **more}))
+
+
+def test_a_lost_host_explains_ranks_that_lost_their_peer_but_no_fault_of_their_own(run: RunDir) -> None:
+    died(run, type="RuntimeError", message="Connection reset by peer")
+    assert (over(run).cause, over(run, lost=(GONE,)).cause) == ("lost_rank", "lost_node")
+    died(run, type="KeyError", message="typo")
+    assert over(run, lost=(GONE,)).cause == "user_error"
+
+
+def test_a_hang_whose_host_is_cut_off_is_a_lost_host(run: RunDir) -> None:
+    stall = Stall(silent_s=11, limit_s=10, key="supervise.step_timeout_s", beats=(), unreported=(0, 1))
+    hang = Hang(stall=stall, culprit=Culprit(rank=0, why="it is silent longest"))
+    assert over(run, hang=hang).cause == "hang"
+    assert over(run, hang=hang, lost=(GONE,)).cause == "lost_node"
+
+
+def test_a_rank_that_was_killed_on_another_host_is_named_with_it(run: RunDir) -> None:
+    (run.logs / "stderr.log").write_text(KILLED.replace("-9", "-15"))  # torchrun, behind it
+    died(run, type="RuntimeError", message="Connection reset by peer")
+    death = Death(rank=1, signal=9, host="b", log="/r/logs/stderr_node_00001.log")
+    found = over(run, deaths=(death,))
+    assert (found.cause, found.rank, found.host) == ("lost_rank", 1, "b")
+    assert str(found.error) == "rank 1 on b was killed by SIGKILL; see /r/logs/stderr_node_00001.log"
+    short = Death(rank=1, signal=9, host="b", log="l", out_of_memory=True)
+    assert over(run, deaths=(short,)).cause == "out_of_memory"

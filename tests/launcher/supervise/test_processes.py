@@ -39,15 +39,15 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @contextmanager
-def ranks(run: RunDir, *, number: int, launcher: int) -> Iterator[list[Beat]]:
+def ranks(run: RunDir, *, number: int, launcher: int, first: int = 0) -> Iterator[list[Beat]]:
     command = [sys.executable, "-c", RANK, str(run.path)]
     environment = {**os.environ, LAUNCHER_PID: str(launcher)}
     started = [
         subprocess.Popen([*command, str(rank)], env=environment, start_new_session=True)
-        for rank in range(number)
+        for rank in range(first, first + number)
     ]
     try:
-        while len(beats := list(read_all(run.heartbeats, world_size=number))) < number:
+        while len(beats := list(read_all(run.heartbeats, world_size=first + number))[first:]) < number:
             assert all(process.poll() is None for process in started)
             time.sleep(0.02)
         yield beats
@@ -116,3 +116,15 @@ def test_the_flight_recorder_is_asked_through_its_pipe(run: RunDir) -> None:
     assert os.read(reader, 8) == b"1"
     os.close(reader)
     processes.dump_flight_recorder(run, [1])  # nobody reads any more
+
+
+def test_only_ranks_whose_launcher_is_gone_are_orphans(run: RunDir) -> None:
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    with (
+        ranks(run, number=1, launcher=os.getpid()) as (mine,),
+        ranks(run, number=2, launcher=gone.pid, first=1) as orphans,
+    ):
+        processes.end_orphans(run)
+        assert processes.gone(orphans) == [1, 2]
+        assert processes.gone([mine]) == []

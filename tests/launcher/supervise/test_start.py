@@ -9,6 +9,7 @@ import pytest
 from launcher import run_dir
 from launcher.run_dir import RunDir
 from launcher.submit import local
+from launcher.supervise.others import lead
 from launcher.supervise.start import Ending, start
 from launcher.supervise.stop_requests import StopRequests
 
@@ -19,7 +20,8 @@ def started(run: RunDir, **more: Any) -> Ending:
     lock = run_dir.lock(run)
     given = {"quiet_stdout": True, "export": None, "on_look": lambda: None, **more}
     try:
-        return start(run, StopRequests(run=run), lock=lock, **given)
+        with lead(run) as others:
+            return start(run, StopRequests(run=run), lock=lock, others=others, **given)
     finally:
         os.close(lock)
 

@@ -88,3 +88,11 @@ def test_a_request_is_heard_where_nothing_can_be_written(tmp_path: Path) -> None
         os.close(stderr)
         os.close(writer)
     assert (requests.received, requests.count) == (signal.SIGTERM, 1)
+
+
+def test_a_signal_may_be_meant_for_one_launcher_only(tmp_path: Path) -> None:
+    run = RunDir(path=tmp_path)
+    requests = StopRequests(run=run, only_here=frozenset({signal.SIGHUP}))
+    requests(signal.SIGHUP, None)
+    assert requests.leaves and not run.stop_file.exists()
+    assert requests.exit_code == 129

@@ -12,6 +12,9 @@ import pytest
 
 from launcher import errors
 from launcher.run_dir import RunDir
+from launcher.supervise import supervisor
+from launcher.supervise.others import Lost
+from launcher.supervise.start import Ending
 from launcher.supervise.supervisor import run_workers
 
 Frozen = Callable[..., RunDir]
@@ -158,3 +161,19 @@ def test_a_failure_while_leaving_for_returned_devices_is_followed_by_a_start(
     )
     assert run_workers(run, quiet_stdout=True) == 0
     assert len(events(run, "restarting")) == 1
+
+
+def test_a_host_that_goes_when_all_is_done_is_not_missed(
+    frozen: Frozen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, lost = frozen(), Lost(host="b", ranks=range(1, 2), why="no word from its launcher for 60 s")
+    last = ["started", "finished"]
+
+    def start(run: RunDir, requests: Any, **rest: Any) -> Ending:
+        run.log_event(last.pop(0))
+        (run.logs / "stderr.log").touch()
+        return Ending(code=9, world_size=2, stderr_from=0, beats=(), lost=(lost,))
+
+    monkeypatch.setattr(supervisor, "start", start)
+    assert run_workers(run, quiet_stdout=True) == 0
+    assert [event["cause"] for event in events(run, "failed")] == ["lost_node"]  # in the start before

@@ -86,3 +86,16 @@ def test_the_rank_that_the_others_wait_for_is_named(
 def test_the_furthest_rank_says_how_far_a_start_came() -> None:
     assert step_reached(()) == 0
     assert step_reached(stall(("stepping", 4), ("saving", 7)).beats) == 7
+
+
+def test_ranks_are_as_quiet_as_the_last_of_them(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, POLICY, world_size=3, now=0)
+    hearts = [Heart(tmp_path, rank=rank) for rank in range(3)]
+    watch.look(1)
+    hearts[1].beat("stepping", 1)
+    watch.look(2)
+    assert (watch.last_beat(range(1)), watch.last_beat(range(0, 2)), watch.last_beat(range(2, 3))) == (
+        1,
+        2,
+        1,
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.run_dir import open_run
+from launcher.verbs.submit import Asked, take_flags
 
 SMALL = (
     *("strategy=fake", "monitor=none", "data.max_bytes=200000", "training.sequence_length=32"),
@@ -40,6 +41,19 @@ def said(tools: Path, name: str) -> list[list[str]]:
     file = tools / f"{name}.said"
     lines = file.read_text().split("\0\n") if file.exists() else []
     return [line.split("\0") for line in lines if line]
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "left"),
+    [
+        (["submit=slurm", "--dry-run"], Asked(dry_run=True), ["submit=slurm"]),
+        (["submit=slurm"], Asked(), ["submit=slurm"]),
+        (["/r", "--node-rank=1"], Asked(node=1), ["/r"]),
+        (["--node-rank", "12", "/r", "--dry-run"], Asked(node=12, dry_run=True), ["/r"]),
+    ],
+)
+def test_flags_of_ours_are_taken_out(words: list[str], asked: Asked, left: list[str]) -> None:
+    assert take_flags(words) == (asked, left)
 
 
 def test_a_dry_run_prints_argv_and_script_and_leaves_nothing(
@@ -105,7 +119,7 @@ def test_torchrun_prints_what_to_type_on_each_host(call: Callable[..., Any], tmp
     assert outcome.code == 0, outcome.err
     commands = outcome.json["commands"]
     assert list(commands) == ["a", "b"]
-    assert all("--master-addr=a" in words and words[-1] == str(run) for words in commands.values())
+    assert [words[-2:] for words in commands.values()] == [[str(run), f"--node-rank={n}"] for n in (0, 1)]
     assert open_run(run).job().cluster.num_nodes == 2
 
 
@@ -124,6 +138,20 @@ def test_ssh_trains_on_all_hosts_and_waits(call: Callable[..., Any], tmp_path: P
     assert call("logs", "-f", str(run), "--json").json == {"run_dir": str(run), "log": str(log)}
 
 
+def test_a_host_of_the_run_starts_its_own_part(call: Callable[..., Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ("submit=torchrun", "submit.hosts=[a,b]", "supervise.host_wait_s=1")
+    assert call("submit", *SMALL, *TWO, *words, f"run_dir={run}").code == 0
+    first = call("submit", str(run), "--node-rank=0")
+    assert first.code == 12
+    assert "no launcher answers on b, after supervise.host_wait_s=1 s; bring it back" in first.err
+    assert "# on b\n" in first.out and "# on a\n" not in first.out
+    other = call("submit", str(run), "--node-rank=1")
+    assert other.code == 12
+    assert "the first host of" in other.err
+    assert "is none of the 2 hosts" in call("submit", str(run), "--node-rank=2").err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -133,6 +161,11 @@ def test_ssh_trains_on_all_hosts_and_waits(call: Callable[..., Any], tmp_path: P
         (("submit=slurm", "submit.inside=/p"), "submit.inside=/p is a Python inside a container"),
         (("submit=slurm", "submit.sbatc.time=1"), "unknown key 'submit.sbatc'; did you mean 'sbatch'?"),
         (("--why", "tp=1"), "--why is a flag of `meshwright plan`"),
+        (("submit=ssh", "--node-rank=b"), "--node-rank b is no host; count the hosts of the run from 0"),
+        (
+            ("submit=torchrun", "submit.hosts=[a,b]", "supervise.elastic=true"),
+            "supervise.elastic=true works on one host, and cluster.num_nodes=2; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_one_sentence(

@@ -19,7 +19,7 @@ from launcher.errors import DeviceMemoryError
 from launcher.output import Output
 from launcher.run_dir import RunDir, open_run
 from launcher.sweep.folder import lock, open_sweep
-from launcher.verbs import train
+from launcher.verbs import drive
 
 Call = Callable[..., Any]
 SMALL = (
@@ -105,7 +105,7 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(
         run.log_event("finished")
         return 0
 
-    monkeypatch.setattr(train, "work", workers)
+    monkeypatch.setattr(drive, "work", workers)
     outcome = call("resume", str(copy))
     assert outcome.code == 0
     assert f"point {NAMES[0]} failed (exit code 10): no memory is left" in outcome.err
@@ -113,7 +113,7 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(
     for name in NAMES[1:]:
         forget(copy, name)
         RunDir(path=copy / name).log_event("failed", message="gone", exit_code=12)
-    monkeypatch.setattr(train, "work", lambda run, output: 0)
+    monkeypatch.setattr(drive, "work", lambda run, output: 0)
     lost = call("resume", str(copy))
     assert lost.code == 9 and "no point of" in lost.err
 
@@ -129,7 +129,7 @@ def test_an_interruption_leaves_what_is_finished(
         started.append(run.path.name)
         return 130
 
-    monkeypatch.setattr(train, "work", workers)
+    monkeypatch.setattr(drive, "work", workers)
     outcome = call("resume", str(copy))
     assert (outcome.code, started) == (130, [NAMES[1]])
     assert f"interrupted; `meshwright resume {copy}` takes up the points that are left" in outcome.err
