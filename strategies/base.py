@@ -271,7 +271,7 @@ class StepResult:
     loss: float  # mean over the tokens of the global batch, nats
     grad_norm: float  # before clipping
     skipped: bool = False  # fp16 overflow: the optimizer did not move
-    rank_loss: float | None = None  # of this rank's own sequences, where the engine tells; differs by rank
+    rank_loss: float | None = None  # mean over this rank's own tokens; None where it computes no loss, as before the last stage
 
 
 class Strategy(ABC):

@@ -262,8 +262,9 @@ def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     values: dict[str, Any] = {}
     for name, (key, scale) in scales.items():
-        if all(own[key] is not None for own in found):
-            values[name] = max(own[key] for own in found) / scale
+        told = [own[key] for own in found if own[key] is not None]  # only a last pipeline stage has a loss
+        if told:
+            values[name] = max(told) / scale
     return values
 
 

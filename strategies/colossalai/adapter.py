@@ -60,7 +60,7 @@ class ColossalAIStrategy(Strategy):
         self._optimizer.step()
         norm = float(self._optimizer.get_grad_norm())
         self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
-        return StepResult(loss=self._mean(losses), grad_norm=norm)
+        return StepResult(loss=self._mean(losses), grad_norm=norm, rank_loss=process.own_mean(losses))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""

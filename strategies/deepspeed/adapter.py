@@ -101,12 +101,18 @@ class DeepSpeedStrategy(Strategy):
             "the trainer must pass plan.num_microbatches batches"
         )
         hf.set_learning_rate(self._engine.optimizer, learning_rate)
+        own: float | None
         if self._plan.pp > 1:
             loss = float(self._engine.train_batch(self._pairs(batches)))
+            own = self._own_loss_of_pipeline(len(batches))
         else:
-            loss = process.mean_of([self._accumulate(batch) for batch in batches])
+            loss, own = process.means_of([self._accumulate(batch) for batch in batches])
         norm, skipped = self._engine.get_global_grad_norm(), not self._engine.was_step_applied()
-        return StepResult(loss=loss, grad_norm=float(norm), skipped=skipped)
+        return StepResult(loss=loss, grad_norm=float(norm), skipped=skipped, rank_loss=own)
+
+    def _own_loss_of_pipeline(self, num_microbatches: int) -> float | None:
+        """Return the mean over this rank's micro-batches, which the last stage adds up."""
+        return float(self._engine.total_loss) / num_microbatches if self._engine.is_last_stage() else None
 
     def _accumulate(self, batch: MicroBatch) -> torch.Tensor:
         loss, reported = hf.training_losses(

@@ -78,6 +78,7 @@ class MegatronStrategy(Strategy):
         applied, norm, _ = self._optimizer.step()
         return StepResult(
             loss=self._mean(losses),
+            rank_loss=process.own_mean(losses),
             grad_norm=float("nan") if norm is None else float(norm),
             skipped=not applied,
         )

@@ -47,17 +47,25 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         strategy.setup(plan, decode(ModelSpec, job["model"]), training, Path(job["weights"]))
     if case["load"]:
         strategy.load(Path(case["load"]))
-    losses, norms = [], []
+    losses, norms, own = [], [], []
     for step in range(case["first"], case["last"]):
         rate = training.learning_rate_at(step)
         result = strategy.train_step(own_share(data[step], plan, strategy.dp_rank), learning_rate=rate)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        own.append(result.rank_loss)
         if step + 1 == case["save_after"]:
             save(strategy, Path(case["save"]))
     evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
     strategy.teardown()
-    return {"losses": losses, "norms": norms, "evaluated": evaluated}
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, "largest": largest(own)}
+
+
+def largest(own: list[float | None]) -> list[float]:
+    """The largest of all ranks' own losses at each step; ranks before the last stage have none."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, own)
+    return [max(loss for loss in step if loss is not None) for step in zip(*told, strict=True)]
 
 
 def sabotaged(words: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -211,6 +211,16 @@ def test_fp32_matches_plain_pytorch(bench: Bench, name: str) -> None:
     assert_equal(bench.trained(world_of(name))[name], bench.reference("llama"))
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp2-dp2", "pp2-dp2"])
+def test_the_largest_loss_of_a_rank_is_known(
+    bench: Bench, largest_of: Callable[..., list[float]], name: str
+) -> None:
+    reference = bench.reference("llama")
+    largest = largest_of(reference["by_sequence"], as_plan(name))
+    assert max(np.divide(largest, reference["losses"])) > 1.01
+    np.testing.assert_allclose(bench.trained(world_of(name))[name]["largest"], largest, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "name"), FAMILY_PLANS)
 def test_other_families_match_plain_pytorch(bench: Bench, family: str, name: str) -> None:
     assert_equal(bench.family(family)[name], bench.reference(family))

@@ -52,6 +52,13 @@ def test_fp32_matches_plain_pytorch(bench: Any, name: str) -> None:
     np.testing.assert_allclose(result["evaluated"], reference["evaluated"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["pp2-dp2-zero1", "tp2-dp2-zero3", "ep2-zero1"])
+def test_the_largest_loss_of_a_rank_is_known(bench: Any, name: str) -> None:
+    largest, mean = bench.largest(name), bench.reference(FP32[name]["shape"])["losses"]
+    assert max(np.divide(largest, mean)) > 1.01
+    np.testing.assert_allclose(bench.trained(name)["largest"], largest, rtol=1e-5)
+
+
 def test_balanced_experts_match_accelerate(bench: Any) -> None:
     result, peer = bench.trained("balanced-ep2"), bench.trained("balanced-accelerate")
     np.testing.assert_allclose(result["losses"], peer["losses"], rtol=1e-5)

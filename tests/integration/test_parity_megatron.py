@@ -91,6 +91,13 @@ def test_fp32_matches_plain_pytorch(bench: Any, name: str) -> None:
     np.testing.assert_allclose(result["evaluated"], reference["evaluated"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["dp2-zero1", "pp2-dp2-zero1", "moe-ep2"])
+def test_the_largest_loss_of_a_rank_is_known(bench: Any, name: str) -> None:
+    largest, mean = bench.largest(name), bench.reference(shape_of(name))["losses"]
+    assert max(np.divide(largest, mean)) > 1.01
+    np.testing.assert_allclose(bench.trained(name)["largest"], largest, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "peer"),
     [

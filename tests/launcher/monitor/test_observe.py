@@ -134,9 +134,13 @@ def test_one_slow_pulse_weighs_less_than_many(make: Callable[..., Observer]) -> 
 
 
 def test_what_an_engine_does_not_tell_is_left_out(make: Callable[..., Observer]) -> None:
-    metrics = step(make(peers=Pair(loss=None, pulse=None)), 2)
+    metrics = step(make(peers=Pair(loss=None, pulse=None)), 2, rank_loss=None)
     assert metrics.loss_max is None
     assert metrics.straggler_score is None
+
+
+def test_stages_without_a_loss_leave_it_to_the_last(make: Callable[..., Observer]) -> None:
+    assert step(make(peers=Pair(loss=None)), 2).loss_max == 2.5
 
 
 def test_only_sampled_steps_ask_the_others(make: Callable[..., Observer]) -> None:
