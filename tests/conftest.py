@@ -7,8 +7,11 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -141,3 +144,41 @@ def _wandb_history(file: Path) -> list[dict[str, Any]]:
                 {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
             )
     return rows
+
+
+class Webhook(HTTPServer):
+    """Keeps what is posted to it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.taken: list[dict[str, Any]] = []
+        self.answer = 200
+        self.url = f"http://127.0.0.1:{self.server_port}/services/secret-path"
+
+    def told(self) -> Counter[str]:
+        """How often each cause came."""
+        return Counter(record["cause"] for record in self.taken)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Webhook
+
+    def do_POST(self) -> None:
+        self.server.taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(self.server.answer)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    """A server that alerts of this process, and of those that it starts, go to: `taken`, `told()`, `answer`, `url`."""
+    server = Webhook()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("MESHWRIGHT_WEBHOOK_URL", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import LauncherError
+from launcher.monitor.alerts import tell_failure
 from launcher.output import print_line
 from launcher.run_dir import RunDir, lock
 from launcher.supervise import memory, remedy
@@ -70,7 +72,8 @@ class _Supervisor:
             if self._ends_on_request(failure):
                 return self._interrupted()
             if failure is not None:
-                self._log_failure("failed", failure, ending)
+                facts = self._log_failure("failed", failure, ending)
+                tell_failure(self.run.metrics, facts, repeat_s=self.run.job().monitor.alerts.repeat_s)
                 self._take_in(failure, ending, checkpoint)
             elif not devices.are_back or self._is_finished():
                 return 0
@@ -152,7 +155,8 @@ class _Supervisor:
         found = self.run.tiers(self.run.job().checkpoint).committed()
         return found[0].name if found else None
 
-    def _log_failure(self, event: str, failure: Failure, ending: Ending) -> None:
+    def _log_failure(self, event: str, failure: Failure, ending: Ending) -> dict[str, Any]:
+        """Keep what is known of a failure as an event, and return it."""
         facts = {
             "type": type(failure.error).__name__,
             "message": str(failure.error),
@@ -165,6 +169,7 @@ class _Supervisor:
         }
         with suppress(OSError):  # a full disk: the person still hears of it
             self.run.log_event(event, **facts)
+        return facts
 
 
 def _final(error: LauncherError, run: RunDir, why: str) -> LauncherError:
