@@ -271,7 +271,8 @@ class StepResult:
     loss: float  # mean over the tokens of the global batch, nats
     grad_norm: float  # before clipping
     skipped: bool = False  # fp16 overflow: the optimizer did not move
-    rank_loss: float | None = None  # mean over this rank's own tokens; None where it computes no loss, as before the last stage
+    # Mean over this rank's own tokens; None where it computes no loss, as before the last pipeline stage.
+    rank_loss: float | None = None
 
 
 class Strategy(ABC):
