@@ -116,6 +116,50 @@ def wandb_reader() -> SimpleNamespace:
     return SimpleNamespace(records=_wandb_records, history=_wandb_history)
 
 
+@pytest.fixture(scope="session")
+def mlflow_environment() -> dict[str, str]:
+    """Variables under which Python finds MLflow, which `make test` keeps apart: it brings a web server along."""
+    found = os.environ.get("MESHWRIGHT_MLFLOW")
+    if found is None:
+        pytest.fail(
+            "MESHWRIGHT_MLFLOW must name the folder that MLflow was installed into; `make test` makes one"
+        )
+    return {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{found}"}
+
+
+@pytest.fixture
+def mlflow_reader(mlflow_environment: dict[str, str]) -> Callable[[Path], list[Any]]:
+    """Read a folder of MLflow's with its own client: the runs that are not deleted, with every point of theirs."""
+
+    def read(folder: Path) -> list[Any]:
+        environment = {**os.environ, **mlflow_environment, "MLFLOW_ALLOW_FILE_STORE": "true"}
+        done = subprocess.run(
+            [sys.executable, "-c", _MLFLOW_READER, folder.as_uri()],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        runs: list[Any] = json.loads(done.stdout)
+        return runs
+
+    return read
+
+
+_MLFLOW_READER = """
+import json, sys
+from mlflow import MlflowClient
+client = MlflowClient(tracking_uri=sys.argv[1])
+told = []
+for run in client.search_runs([place.experiment_id for place in client.search_experiments()]):
+    points = [(tag, p.step, p.value) for tag in run.data.metrics
+              for p in client.get_metric_history(run.info.run_id, tag)]
+    told.append({"name": run.info.run_name, "id": run.info.run_id, "status": run.info.status,
+                 "tags": run.data.tags, "params": run.data.params, "points": points})
+print(json.dumps(told))
+"""
+
+
 def _wandb_records(file: Path) -> Iterator[Any]:
     """Records of a W&B file: LevelDB's log format (32 KiB blocks of framed fragments) after a 7-byte head."""
     from wandb.proto import wandb_internal_pb2

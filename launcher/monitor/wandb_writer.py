@@ -16,6 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from launcher.monitor.config import MonitorConfig
+from launcher.monitor.histograms import drawn
 from launcher.monitor.metrics import StepMetrics, scalars, sentence
 
 _log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class WandbWriter:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        self._teardown, self._artifact = wandb.teardown, wandb.Artifact
+        self._teardown, self._artifact, self._picture = wandb.teardown, wandb.Artifact, wandb.Histogram
         directory.mkdir(parents=True, exist_ok=True)
         run_id = _wandb_id(directory)
         excepthook = sys.excepthook
@@ -99,7 +100,13 @@ class WandbWriter:
 
     def write(self, metrics: StepMetrics) -> None:
         if metrics.step >= self._first_step:
-            self._run.log({**scalars(metrics), "_timestamp": metrics.time}, step=metrics.step, commit=True)
+            drawings = {name: self._histogram(counts) for name, counts in (metrics.histograms or {}).items()}
+            told = {**scalars(metrics), **drawings, "_timestamp": metrics.time}
+            self._run.log(told, step=metrics.step, commit=True)
+
+    def _histogram(self, counts: Mapping[str, int]) -> Any:
+        borders, numbers = drawn(counts)
+        return self._picture(np_histogram=(numbers, borders))
 
     def alert(self, title: str, text: str) -> None:
         """Raise an alert there; W&B itself stays quiet about one that it cannot send."""

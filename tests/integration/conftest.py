@@ -18,6 +18,7 @@ import pytest
 
 from launcher.decode import decode
 from strategies import hf
+from strategies.histograms import BORDERS
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 
@@ -124,6 +125,22 @@ class Bench:
         """The largest mean loss of one data parallel rank at each step, by the plain loop."""
         case = self._cases[name]
         return largest_share(self.reference(case.shape)["by_sequence"], case.as_plan())
+
+    def check_histograms(self, name: str, *, padding: bool = False) -> None:
+        """All weights and gradients of the first step are counted, each once; a gradient at a border may cross it.
+
+        The rows of a padded vocabulary are zeros.
+        """
+        found, plain = self.trained(name)["histograms"], self.reference(self._cases[name].shape)["histograms"]
+        weights = np.subtract(found["weights"], plain["weights"])
+        gradients = np.subtract(found["gradients"], plain["gradients"])
+        assert weights.sum() == gradients.sum()
+        if padding:
+            zeros = len(BORDERS) // 2
+            assert weights[zeros] > 0
+            weights[zeros] = gradients[zeros] = 0
+        assert not weights.any()
+        assert np.abs(gradients).sum() < 0.01 * sum(plain["weights"])
 
     def _started(self, verb: str, start: tuple[int, str]) -> Any:
         """Return what the ranks of one start found; a start that failed fails all its tests and is not repeated."""
@@ -294,6 +311,7 @@ def train_plainly(weights: Path, data: np.ndarray, training: TrainingSpec) -> di
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         return each.mean(dim=1)  # of each sequence
 
+    experts = count_experts(model, data[0])
     losses, norms, by_sequence = [], [], []
     for step in range(training.num_steps):
         for group in optimizer.param_groups:
@@ -303,9 +321,35 @@ def train_plainly(weights: Path, data: np.ndarray, training: TrainingSpec) -> di
         loss = each.mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)))
+        if step == 0:
+            histograms = {
+                "weights": histogram(p.detach() for p in model.parameters()),
+                "gradients": histogram(p.grad for p in model.parameters()),
+            }
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     with torch.no_grad():
         evaluated = float(loss_of(data[training.num_steps]).mean())
-    return {"losses": losses, "norms": norms, "evaluated": evaluated, "by_sequence": by_sequence}
+    told = {"by_sequence": by_sequence, "experts": experts, "histograms": histograms}
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, **told}
+
+
+def histogram(tensors: Iterable[Any]) -> list[int]:
+    """How many numbers lie in each bin, which ends with its upper border."""
+    values = np.concatenate([tensor.flatten().numpy() for tensor in tensors])
+    found = np.searchsorted(np.array(BORDERS, dtype=np.float32), values)
+    return np.bincount(found, minlength=len(BORDERS) + 1).tolist()
+
+
+def count_experts(model: Any, batch: np.ndarray) -> dict[str, list[int]]:
+    """How many tokens of a batch choose each expert, by layer, from the routers' logits."""
+    import torch
+
+    if not hasattr(model.config, "num_experts_per_tok"):
+        return {}
+    with torch.no_grad():
+        found = model(input_ids=torch.from_numpy(batch)[:, :-1], output_router_logits=True).router_logits
+    chosen = [logits.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten() for logits in found]
+    layers = [torch.bincount(indices, minlength=found[0].shape[-1]).tolist() for indices in chosen]
+    return {str(layer): counts for layer, counts in enumerate(layers)}

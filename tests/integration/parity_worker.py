@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import strategies
 from launcher.decode import decode
+from strategies import histograms
 from strategies.base import Strategy
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -50,7 +51,12 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     losses, norms, own = [], [], []
     for step in range(case["first"], case["last"]):
         rate = training.learning_rate_at(step)
-        result = strategy.train_step(own_share(data[step], plan, strategy.dp_rank), learning_rate=rate)
+        share = own_share(data[step], plan, strategy.dp_rank)
+        if step == case["first"]:
+            with strategy.counting_experts() as counted, strategy.taking_histograms() as taken:
+                result = strategy.train_step(share, learning_rate=rate)
+        else:
+            result = strategy.train_step(share, learning_rate=rate)
         losses.append(result.loss)
         norms.append(result.grad_norm)
         own.append(result.rank_loss)
@@ -58,7 +64,8 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
             save(strategy, Path(case["save"]))
     evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
     strategy.teardown()
-    return {"losses": losses, "norms": norms, "evaluated": evaluated, "largest": largest(own)}
+    told = {"largest": largest(own), "experts": over_ranks(counted), "histograms": summed(taken)}
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, **told}
 
 
 def largest(own: list[float | None]) -> list[float]:
@@ -66,6 +73,24 @@ def largest(own: list[float | None]) -> list[float]:
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, own)
     return [max(loss for loss in step if loss is not None) for step in zip(*told, strict=True)]
+
+
+def summed(taken: Any) -> dict[str, list[int]]:
+    """Over all ranks and all tensors, by kind."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, taken)
+    found = {kind: np.zeros(len(histograms.BORDERS) + 1, dtype=int) for kind in ("weights", "gradients")}
+    for name, counts in histograms.added(told).items():
+        found[name.split("/")[0]][list(counts)] += list(counts.values())
+    return {kind: counts.tolist() for kind, counts in found.items()}
+
+
+def over_ranks(counted: dict[int, Any]) -> dict[int, list[int]]:
+    """The tokens of each expert, by layer, over all ranks."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, counted)
+    layers = sorted({layer for one in told for layer in one})
+    return {layer: np.sum([one[layer] for one in told if layer in one], axis=0).tolist() for layer in layers}
 
 
 def sabotaged(words: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -89,3 +89,8 @@ def test_bf16_stays_near_fp32(bench: Any, name: str) -> None:
 def test_another_plan_continues_the_checkpoint(bench: Any, name: str) -> None:
     continued = bench.resumed(name)
     np.testing.assert_allclose(continued["losses"], bench.reference()["losses"][SAVE_AFTER:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_histograms_count_every_number_once(bench: Any, name: str) -> None:
+    bench.check_histograms(name)

@@ -14,6 +14,7 @@ from launcher.monitor import wandb_writer
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.wandb_writer import wandb_mode
 from launcher.monitor.writers import open_writers
+from strategies.histograms import BORDERS
 
 ONLY_WANDB = MonitorConfig(tensorboard=False)
 
@@ -50,6 +51,18 @@ def test_wandb_holds_every_step_once_over_resumes(
         (11, 1.0),
     ]
     assert len(rows) == 11
+
+
+def test_wandb_draws_histograms(
+    tmp_path: Path, wandb_service: None, wandb_reader: SimpleNamespace, steps: SimpleNamespace
+) -> None:
+    writers = open_writers(ONLY_WANDB, about=steps.about(tmp_path / "run"), history=[])
+    writers.write(steps.at(1, histograms={"gradients/a": {"70": 3, "72": 1}}))
+    writers.close()
+    (row,) = wandb_reader.history(wandb_file(tmp_path / "run"))
+    assert row["gradients/a/_type"] == "histogram"
+    assert row["gradients/a/values"] == [3, 0, 1]
+    assert row["gradients/a/bins"] == list(BORDERS[69:73])
 
 
 def test_wandb_leaves_the_report_of_a_crash_to_the_worker(
