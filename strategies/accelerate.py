@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from strategies.base import MicroBatch
-    from strategies.histograms import Histograms
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
 
 # What of Accelerate's settings may be passed through. `sync_each_batch` trades memory for communication:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from strategies.histograms import Histograms
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
 
     # (micro_batch_size, sequence_length + 1) token ids: inputs are [:, :-1], labels [:, 1:].

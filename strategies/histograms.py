@@ -1,26 +1,22 @@
-"""Histograms of weights and gradients as the optimizer takes them: fixed bins, so that the counts of ranks add up.
+"""Histograms of weights and gradients as the optimizer takes them, in the bins of bins.py.
 
 torch is imported inside the functions, so that the adapters can be read without it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from strategies.bins import BORDERS, Histograms
+
 if TYPE_CHECKING:
     import torch
 
-# Four borders a decade from 1e-12 to 1e4, on both sides of nothing.
-_SIDE = tuple(10 ** (power / 4) for power in range(-48, 17))
-BORDERS = (*(-border for border in reversed(_SIDE)), *_SIDE)
 WEIGHTS, GRADIENTS = "weights", "gradients"
 _AT_ONCE = 2**22  # elements whose bins are in memory at a time
 
-# By tensor ("gradients/<name>"), then by bin: how many elements. Bin i lies below BORDERS[i], the last above them all.
-Histograms = dict[str, dict[int, int]]
 Parts = Mapping[str, tuple[int, int]]  # name -> (offset, length) in what the optimizer moves, flattened
 
 
@@ -62,15 +58,6 @@ def whole(names: Mapping[int, str]) -> Callable[[torch.Tensor], Parts]:
         return {} if name is None else {name: (0, _local(moved).numel())}
 
     return parts_of
-
-
-def added(found: Sequence[Mapping[str, Mapping[int, int]]]) -> Histograms:
-    """Add up the histograms of several ranks."""
-    sums: dict[str, Counter[int]] = {}
-    for own in found:
-        for key, counts in own.items():
-            sums.setdefault(key, Counter()).update(counts)
-    return {key: dict(sorted(counts.items())) for key, counts in sorted(sums.items())}
 
 
 def _count(values: torch.Tensor) -> torch.Tensor:

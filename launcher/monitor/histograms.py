@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from strategies.histograms import BORDERS
+from strategies.bins import BORDERS
 
 # What lies beyond the last border is drawn as if it ended one decade further on.
 _EDGES = (10 * BORDERS[0], *BORDERS, 10 * BORDERS[-1])

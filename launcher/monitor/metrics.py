@@ -28,7 +28,7 @@ class StepMetrics:
     time: float  # unix seconds
     consumed_samples: int
     skipped: bool = False  # fp16 overflow: the optimizer did not move
-    # By tensor, then by bin: how many numbers (strategies/histograms.py); of steps with monitor.histograms only.
+    # By tensor, then by bin: how many numbers (strategies/bins.py); of steps with monitor.histograms only.
     histograms: Mapping[str, Mapping[str, int]] | None = None
 
     loss: float = metric("train/loss", "Mean loss over the global batch", unit="nats", default=...)

@@ -21,7 +21,7 @@ from launcher.monitor.node import NodeSampler, Sample, merged
 from launcher.monitor.reliability import Reliability
 from launcher.monitor.system import peak_memory_gib
 from strategies.base import StepResult
-from strategies.histograms import Histograms, added
+from strategies.bins import Histograms, added
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
-    from strategies.histograms import Histograms
+    from strategies.bins import Histograms
 
 # Shardformer replaces forward methods of this release by its own; later ones call and return other things.
 TRANSFORMERS = "4.51.3"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
-    from strategies.histograms import Histograms
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
-    from strategies.histograms import Histograms
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
     from strategies.megatron.checkpoints import Snapshots
 

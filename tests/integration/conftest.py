@@ -18,7 +18,7 @@ import pytest
 
 from launcher.decode import decode
 from strategies import hf
-from strategies.histograms import BORDERS
+from strategies.bins import BORDERS
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 

@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 import strategies
 from launcher.decode import decode
-from strategies import histograms
 from strategies.base import Strategy
+from strategies.bins import BORDERS, added
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -79,8 +79,8 @@ def summed(taken: Any) -> dict[str, list[int]]:
     """Over all ranks and all tensors, by kind."""
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, taken)
-    found = {kind: np.zeros(len(histograms.BORDERS) + 1, dtype=int) for kind in ("weights", "gradients")}
-    for name, counts in histograms.added(told).items():
+    found = {kind: np.zeros(len(BORDERS) + 1, dtype=int) for kind in ("weights", "gradients")}
+    for name, counts in added(told).items():
         found[name.split("/")[0]][list(counts)] += list(counts.values())
     return {kind: counts.tolist() for kind, counts in found.items()}
 

@@ -1,4 +1,4 @@
-"""Bins by hand; what an optimizer is given, whole and in parts. Real engines: tests/integration/test_parity*.py."""
+"""What an optimizer is given, whole and in parts. Real engines: tests/integration/test_parity*.py."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from strategies import histograms
-from strategies.histograms import BORDERS
-
-
-def test_borders_grow_and_mirror() -> None:
-    assert list(BORDERS) == sorted(set(BORDERS))
-    assert [-border for border in reversed(BORDERS)] == list(BORDERS)
-    assert (BORDERS[-1], min(map(abs, BORDERS))) == (1e4, 1e-12)
+from strategies.bins import BORDERS
 
 
 @pytest.mark.parametrize("at_once", [3, 2**22])
@@ -44,8 +38,3 @@ def test_tensors_are_named_one_by_one() -> None:
     parts_of = histograms.whole({id(one): "one"})
     assert parts_of(one) == {"one": (0, 6)}
     assert parts_of(other) == {}
-
-
-def test_ranks_add_up() -> None:
-    found = histograms.added([{"a": {1: 2, 5: 1}}, {"a": {0: 1, 5: 3}, "b": {7: 1}}, {}])
-    assert found == {"a": {0: 1, 1: 2, 5: 4}, "b": {7: 1}}

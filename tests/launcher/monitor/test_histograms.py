@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.monitor.histograms import drawn
-from strategies.histograms import BORDERS
+from strategies.bins import BORDERS
 
 
 def test_only_the_filled_range_is_drawn() -> None:

@@ -14,7 +14,7 @@ from launcher.monitor import wandb_writer
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.wandb_writer import wandb_mode
 from launcher.monitor.writers import open_writers
-from strategies.histograms import BORDERS
+from strategies.bins import BORDERS
 
 ONLY_WANDB = MonitorConfig(tensorboard=False)
 
