@@ -77,6 +77,15 @@ class StepMetrics:
     bubble_share: float | None = metric(
         "perf/bubble_share", "Share of a pipeline's step that idles, by the plan"
     )
+    communication_s: Mapping[str, float] | None = metric(
+        "perf/communication_s", "Communication in a traced step", unit="seconds", label="group"
+    )
+    exposed_communication_s: float | None = metric(
+        "perf/exposed_communication_s",
+        "Communication in a traced step that no computing hides",
+        unit="seconds",
+    )
+    idle_s: float | None = metric("perf/idle_s", "Idle in a traced step", unit="seconds")
     straggler_score: Mapping[str, float] | None = metric(
         "perf/straggler_score", "A rank's time for a fixed computation over the others' median", label="rank"
     )

@@ -40,6 +40,9 @@ class Looks:
 
     expert_tokens: ExpertTokens = field(default_factory=dict)
     histograms: Histograms | None = None  # None: not asked for at this step
+    traced: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # figures of the profiled steps that end with this one
 
 
 class Peers(Protocol):
@@ -181,6 +184,7 @@ class Observer:
             **self._times.figures(),
             **sampled,
             histograms=self._gathered(looks.histograms),
+            **looks.traced,
         )
 
     def is_due(self, step: int) -> bool:

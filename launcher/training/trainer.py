@@ -157,7 +157,7 @@ class Trainer:
             self.process.beat("stepping" if self._step_times else "warming", self.step)
             result, looks = self._train_step(batches, observer, learning_rate=learning_rate)
             seconds = time.perf_counter() - started
-        self._tracing.after(self.step + 1)
+        traced = self._tracing.after(self.step + 1)
         self._check(result)
         self.step += 1
         self.consumed_samples = loader.consumed_samples
@@ -169,7 +169,7 @@ class Trainer:
             learning_rate=learning_rate,
             seconds=seconds,
             waited_s=waited_s,
-            looks=looks,
+            looks=replace(looks, traced=traced),
             consumed_samples=self.consumed_samples,
             validation_loss=validation_loss,
             goodput=None if self._clock is None else self._clock.tick(seconds, now=time.time()),
