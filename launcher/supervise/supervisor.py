@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import LauncherError
-from launcher.monitor.alerts import tell_failure
 from launcher.output import print_line
 from launcher.run_dir import RunDir, lock
 from launcher.supervise import memory, remedy
@@ -21,6 +18,7 @@ from launcher.supervise.ladder import Change
 from launcher.supervise.policy import Attempt, decide, failed_alike
 from launcher.supervise.start import Ending, start
 from launcher.supervise.stop_requests import StopRequests, handling
+from launcher.supervise.told import log_failure
 from launcher.supervise.watch import step_reached
 
 
@@ -58,7 +56,7 @@ class _Supervisor:
             return self.requests.exit_code
         if failure is None:
             return 0
-        self._log_failure("export_failed", failure, ending)
+        log_failure(self.run, failure, step=step_reached(ending.beats), event="export_failed")
         raise failure.error
 
     def train(self) -> int:
@@ -72,8 +70,7 @@ class _Supervisor:
             if self._ends_on_request(failure):
                 return self._interrupted()
             if failure is not None:
-                facts = self._log_failure("failed", failure, ending)
-                tell_failure(self.run.metrics, facts, repeat_s=self.run.job().monitor.alerts.repeat_s)
+                log_failure(self.run, failure, step=step_reached(ending.beats))
                 self._take_in(failure, ending, checkpoint)
             elif not devices.are_back or self._is_finished():
                 return 0
@@ -154,22 +151,6 @@ class _Supervisor:
     def _newest_checkpoint(self) -> str | None:
         found = self.run.tiers(self.run.job().checkpoint).committed()
         return found[0].name if found else None
-
-    def _log_failure(self, event: str, failure: Failure, ending: Ending) -> dict[str, Any]:
-        """Keep what is known of a failure as an event, and return it."""
-        facts = {
-            "type": type(failure.error).__name__,
-            "message": str(failure.error),
-            "exit_code": failure.error.exit_code,
-            "cause": failure.cause,
-            "rank": failure.rank,
-            "host": failure.host,
-            "frame": failure.frame,
-            "step": step_reached(ending.beats),
-        }
-        with suppress(OSError):  # a full disk: the person still hears of it
-            self.run.log_event(event, **facts)
-        return facts
 
 
 def _final(error: LauncherError, run: RunDir, why: str) -> LauncherError:
