@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from strategies import hf
+from strategies.bins import BORDERS
 from strategies.colossalai import CAPABILITIES
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -252,3 +253,15 @@ def test_resume_is_bit_identical(bench: Bench, name: str) -> None:
 
 def test_every_world_is_started() -> None:
     assert {world_of(name) for name in PLANS | BF16_PLANS} == set(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if "tp" not in plan])
+def test_histograms_count_every_number_once(bench: Bench, name: str) -> None:
+    found, plain = bench.trained(world_of(name))[name]["histograms"], bench.reference("llama")["histograms"]
+    weights, gradients = (np.subtract(found[kind], plain[kind]) for kind in ("weights", "gradients"))
+    padding, zeros = weights.sum(), len(BORDERS) // 2  # rows of the vocabulary, where the plugin adds some
+    assert padding in (0, 56 * 32)
+    weights[zeros] -= padding
+    gradients[zeros] -= padding
+    assert not weights.any()
+    assert np.abs(gradients).sum() < 0.01 * sum(plain["weights"])
