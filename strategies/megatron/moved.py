@@ -14,31 +14,25 @@ if TYPE_CHECKING:
 
 def optimizers_of(optimizer: Any) -> list[Any]:
     """Return torch's optimizers beneath; one that has nothing to move on this rank is none."""
-    inner = [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
-    return [found for found in inner if found is not None]
+    return [part.optimizer for part in _parts(optimizer) if part.optimizer is not None]
 
 
 def names_of(chunks: Sequence[torch.nn.Module], optimizer: Any, *, sharded: bool) -> dict[int, str]:
     """Return the names of what is moved, by `id`; a copy of what another rank moves has none."""
-    names = {
-        id(parameter): name
-        for name, parameter in parameters_of(chunks).items()
-        if _is_counted(parameter, sharded=sharded)
-    }
-    pairs = [
-        pair
-        for part in getattr(optimizer, "chained_optimizers", [optimizer])
-        for pair in _shards(part)
-        if pair[1] is not None
-    ]
-    copies = {
-        id(parameter): parameter.main_param
-        for parameter in parameters_of(chunks).values()
-        if getattr(parameter, "main_param", None) is not None
-    }
-    moved = {id(copy): names[own] for own, copy in copies.items() if own in names}
-    moved |= {id(shard): names[id(parameter)] for parameter, shard in pairs if id(parameter) in names}
-    return {**names, **moved}
+    shards = {id(whole): shard for part in _parts(optimizer) for whole, shard in _shards(part)}
+    names = {}
+    for name, parameter in parameters_of(chunks).items():
+        if _is_counted(parameter, sharded=sharded):
+            # The optimizer moves one of these.
+            for moved in (parameter, getattr(parameter, "main_param", None), shards.get(id(parameter))):
+                names[id(moved)] = name
+    return names
+
+
+def _parts(optimizer: Any) -> Sequence[Any]:
+    """Dense parameters and experts may have optimizers of their own."""
+    parts: Sequence[Any] = getattr(optimizer, "chained_optimizers", [optimizer])
+    return parts
 
 
 def _shards(part: Any) -> Iterator[tuple[Any, Any]]:
