@@ -7,8 +7,9 @@ TEST_WORKERS ?= 2
 train: .venv/ready  ## plan, freeze and train the example run here
 	$(PYTHON) -m launcher train experiment=first_run
 
-test: .venv/ready .venv/colossalai  ## all tests; a file stays on one worker, so that its fixtures are made once
-	MESHWRIGHT_COLOSSALAI_PYTHON=$$(cat .venv/colossalai) $(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
+test: .venv/ready .venv/colossalai .venv/mlflow/ready  ## all tests; a file stays on one worker, so that its fixtures are made once
+	MESHWRIGHT_COLOSSALAI_PYTHON=$$(cat .venv/colossalai) MESHWRIGHT_MLFLOW=$(CURDIR)/.venv/mlflow \
+		$(PYTHON) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: .venv/ready format lint types imports test  ## everything that has to pass
 
@@ -31,6 +32,13 @@ imports: .venv/ready
 .venv/colossalai: .venv/ready launcher/environments/locks/base.txt launcher/environments/locks/colossalai.txt
 	MESHWRIGHT_HOME=$(CURDIR)/.venv/home $(PYTHON) -m launcher env create colossalai --json | \
 		$(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["path"] + "/bin/python")' > $@
+
+# Kept apart: it brings a web server and clients of clouds along, which nothing else here needs.
+.venv/mlflow/ready: .venv/ready launcher/locks/base.txt
+	rm -rf .venv/mlflow
+	$(PYTHON) -m pip --disable-pip-version-check --quiet install --target .venv/mlflow \
+		--constraint launcher/locks/base.txt 'mlflow-skinny==3.17.2'
+	touch $@
 
 .DELETE_ON_ERROR:
 

@@ -50,16 +50,16 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args(arguments)
-    figures: dict[str, Any] = {"promtool": _promtool()}
+    figures: dict[str, Any] = {"promtool": promtool()}
     with tempfile.TemporaryDirectory() as folder:
-        figures |= _scraped(Path(folder))
+        figures |= scraped(Path(folder))
     print(json.dumps(figures, indent=2))
     if options.record:
         done = record.create("prometheus_check", arguments=arguments, figures=figures)
         print(f"recorded {record.write(done, name='prometheus_check').name}")
 
 
-def _promtool() -> dict[str, str]:
+def promtool() -> dict[str, str]:
     """Have the rules checked and tried; raise where a rule does not hold."""
     version = subprocess.run(["prometheus", "--version"], capture_output=True, text=True, check=True)
     for words in (["check", "rules", "rules.yml"], ["test", "rules", "rules_test.yml"]):
@@ -71,21 +71,16 @@ def _promtool() -> dict[str, str]:
     }
 
 
-def _scraped(folder: Path) -> dict[str, Any]:
+def scraped(folder: Path) -> dict[str, Any]:
+    """Train, scrape, compare, kill a rank and wait for the alert; raise where any of it does not come."""
     run, port, own = folder / "run", _free_port(), _free_port()
-    start = [sys.executable, "-m", "launcher"]
     words = [*WORDS, f"monitor.prometheus_port={port}", f"run_dir={run}"]
-    with _prometheus(folder, port=port, own=own) as ask:
-        with _running([*start, "train", *words], folder) as first:
-            _wait(lambda: ask("query", query="meshwright_step > 60")["result"], "a scraped step", folder)
-            compared = _compare(ask, run)
-            _kill_rank_1(run)
-            _wait(lambda: first.poll() is not None or _restarted(run), "an end", folder)
-        if not _restarted(run):
-            with _running([*start, "resume", str(run)], folder):
-                _wait(lambda: _firing(ask, "MeshwrightRankLost"), "the alert", folder)
-        else:
-            _wait(lambda: _firing(ask, "MeshwrightRankLost"), "the alert", folder)
+    train = [sys.executable, "-m", "launcher", "train", *words]
+    with _prometheus(folder, port=port, own=own) as ask, _running(train, folder):
+        _wait(lambda: ask("query", query="meshwright_step > 60")["result"], "a scraped step", folder)
+        compared = _compare(ask, run)
+        _kill_rank_1(run)
+        _wait(lambda: _firing(ask, "MeshwrightRankLost"), "the alert", folder)
     return {"series_compared": compared, "fired": "MeshwrightRankLost"}
 
 
@@ -113,10 +108,6 @@ def _label(labels: dict[str, str]) -> str | None:
 
 def _firing(ask: Callable[..., Any], name: str) -> bool:
     return any(a["labels"]["alertname"] == name and a["state"] == "firing" for a in ask("alerts")["alerts"])
-
-
-def _restarted(run: Path) -> bool:
-    return sum('"started"' in line for line in (run / "events.jsonl").read_text().splitlines()) > 1
 
 
 @contextmanager

@@ -58,11 +58,14 @@ class Switched:
 
 def install() -> None:
     """Put the switch in front of what watches, and a clock behind each step."""
-    observe, measure = Observer.observe, NodeSampler._measure
+    observe, is_due, measure = Observer.observe, Observer.is_due, NodeSampler._measure
     open_sinks, stop_requested = worker._open_sinks, Trainer._stop_requested
 
     def switched_observe(self: Observer, *arguments: Any, **named: Any) -> StepMetrics:
         return observe(self, *arguments, **named) if watching() else bare(named["step"])
+
+    def switched_due(self: Observer, step: int) -> bool:
+        return watching() and is_due(self, step)
 
     def switched_measure(self: NodeSampler) -> Any:
         return measure(self) if watching() else self.latest
@@ -77,6 +80,7 @@ def install() -> None:
 
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (Observer, "observe", switched_observe),
+        (Observer, "is_due", switched_due),
         (NodeSampler, "_measure", switched_measure),
         (worker, "_open_sinks", switched_sinks),
         (Trainer, "_stop_requested", timed),

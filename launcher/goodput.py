@@ -45,7 +45,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Start:
+class Start:
     """One start of the workers; `stepped` is None where it ended before its first step."""
 
     begun: float
@@ -56,9 +56,7 @@ class _Start:
 
 def ledger(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -> Ledger | None:
     """Add up a run; None before its first start. A start without an end is under way and counted up to `now`."""
-    # An export is no part of the run.
-    own = [event for event in events if not str(event["event"]).startswith("export")]
-    marks = sorted([*(record["time"] for record in metrics), *_times(own)])
+    own, marks = _own(events), _marks(events, metrics)
     starts = list(_starts(own, marks, now=now))
     if not starts:
         return None
@@ -79,6 +77,11 @@ def ledger(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -
         lost_steps=sum(event["steps"] for event in lost),
         num_starts=len(starts),
     )
+
+
+def starts_of(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -> list[Start]:
+    """Return the starts of the workers, oldest first; one without an end is under way until `now`."""
+    return list(_starts(_own(events), _marks(events, metrics), now=now))
 
 
 def productive_s(metrics: Sequence[Record]) -> float:
@@ -117,6 +120,15 @@ def lost(metrics: Sequence[Record], *, step: int) -> dict[str, Any] | None:
     return {"steps": len(again), "seconds": productive_s(again), "until": again[-1]["time"]}
 
 
+def _own(events: Sequence[Record]) -> list[Record]:
+    """Leave exports out, which are no part of the run."""
+    return [event for event in events if not str(event["event"]).startswith("export")]
+
+
+def _marks(events: Sequence[Record], metrics: Sequence[Record]) -> list[float]:
+    return sorted([*(record["time"] for record in metrics), *_times(_own(events))])
+
+
 def _times(events: Sequence[Record]) -> Iterator[float]:
     """When something was done: an end only says that it was over by then."""
     for event in events:
@@ -126,13 +138,13 @@ def _times(events: Sequence[Record]) -> Iterator[float]:
             yield event["time"]
 
 
-def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> Iterator[_Start]:
+def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> Iterator[Start]:
     begun: float | None = None
     stepped: float | None = None
 
-    def closed(ended: float, *, failed: bool = False) -> _Start:
+    def closed(ended: float, *, failed: bool = False) -> Start:
         assert begun is not None
-        return _Start(begun=begun, stepped=stepped, ended=ended, failed=failed)
+        return Start(begun=begun, stepped=stepped, ended=ended, failed=failed)
 
     first, earliest = True, events[0]["time"] if events else 0.0
     for event in events:
@@ -159,7 +171,7 @@ def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> 
         yield closed(now)
 
 
-def _cut_off(start: _Start, marks: Sequence[float]) -> float:
+def _cut_off(start: Start, marks: Sequence[float]) -> float:
     """From the last thing done to the end of a start that failed: a step cut off, or a hang until it was noticed."""
     if not start.failed or start.stepped is None:
         return 0.0

@@ -22,7 +22,6 @@ from launcher.decode import decode, encode
 from launcher.environments.interpreter import Interpreter
 from launcher.errors import ConfigError, LauncherError, RunDirError
 from launcher.files import write_whole
-from launcher.monitor.alerts import tell_failure
 from strategies.spec import Plan
 
 PLAN_FORMAT = 1
@@ -158,8 +157,6 @@ class RunDir:
         record = {"time": time.time(), "event": event, **details}
         with self.events_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if event == "failed":
-            tell_failure(self.metrics, record, repeat_s=self.job().monitor.alerts.repeat_s)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events, oldest first; a torn last line is left out."""

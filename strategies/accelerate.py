@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf, process, staging
+from strategies import hf, histograms, process, routing, staging
 from strategies.base import Capabilities, StateBytes, StepResult, Strategy
 from strategies.engine_options import check
 from strategies.model_spec import ModelSpec
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from strategies.base import MicroBatch
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
 
 # What of Accelerate's settings may be passed through. `sync_each_batch` trades memory for communication:
@@ -83,12 +84,14 @@ class AccelerateStrategy(Strategy):
 
     capabilities = CAPABILITIES
     _copy: staging.HostCopy | None = None
+    _num_experts: int | None = None
 
     create_weights = staticmethod(hf.create_weights)
 
     def setup(self, plan: Plan, model: ModelSpec, training: TrainingSpec, weights: Path) -> None:
         """Wrap the model of `weights` in DDP or FSDP2."""
         self._enter(plan, training)
+        self._num_experts = None if model.moe is None else model.moe.num_experts
         sharded_elsewhere = plan.zero_stage > 0 and self.dp_rank > 0
         build = hf.build_empty_model if sharded_elsewhere else hf.build_model
         self._wrap(build(weights, model))
@@ -138,6 +141,20 @@ class AccelerateStrategy(Strategy):
         self._optimizer.zero_grad(set_to_none=self._plan.zero_stage > 0)
         loss, own = process.means_of(losses)
         return StepResult(loss=loss, grad_norm=_to_float(norm), rank_loss=own)
+
+    def counting_experts(self) -> AbstractContextManager[Mapping[int, Sequence[int]]]:
+        """Watch transformers' routers."""
+        if self._num_experts is None:
+            return nullcontext({})
+        return routing.counting(routing.routers_of([self._model]), num_experts=self._num_experts)
+
+    def taking_histograms(self) -> AbstractContextManager[Histograms]:
+        """Count this rank's shards; of DDP's equals the first counts."""
+        if self._plan.zero_stage == 0 and self.dp_rank > 0:
+            return nullcontext({})
+        network = self._accelerator.unwrap_model(self._model)
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        return histograms.taking([self._optimizer.optimizer], histograms.whole(names))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""

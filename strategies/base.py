@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
 
     # (micro_batch_size, sequence_length + 1) token ids: inputs are [:, :-1], labels [:, 1:].
@@ -271,7 +273,8 @@ class StepResult:
     loss: float  # mean over the tokens of the global batch, nats
     grad_norm: float  # before clipping
     skipped: bool = False  # fp16 overflow: the optimizer did not move
-    rank_loss: float | None = None  # of this rank's own sequences, where the engine tells; differs by rank
+    # Mean over this rank's own tokens; None where it computes no loss, as before the last pipeline stage.
+    rank_loss: float | None = None
 
 
 class Strategy(ABC):
@@ -298,6 +301,20 @@ class Strategy(ABC):
     @abstractmethod
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
         """Consume `plan.num_microbatches` micro-batches and make one optimizer step."""
+
+    def counting_experts(self) -> AbstractContextManager[Mapping[int, Sequence[int]]]:
+        """Around a `train_step`: how many tokens chose each expert, by layer; known on leaving, summed over no ranks.
+
+        Nothing where there are no experts, or where the engine's routers cannot be found.
+        """
+        return nullcontext({})
+
+    def taking_histograms(self) -> AbstractContextManager[Histograms]:
+        """Around a `train_step`: histograms of the weights before it and of clipped gradients, known on leaving.
+
+        Each rank counts what no other rank counts, so that the counts of all ranks are the model's.
+        """
+        return nullcontext({})
 
     @abstractmethod
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:

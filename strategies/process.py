@@ -77,6 +77,13 @@ def means_of(losses: Sequence[torch.Tensor]) -> tuple[float, float]:
     return mean_over_ranks(own), float(own)
 
 
+def own_mean(losses: Sequence[torch.Tensor]) -> float | None:
+    """Return the mean over this rank's micro-batches alone; None where it computes none, as before the last stage."""
+    import torch
+
+    return float(torch.stack(list(losses)).mean()) if losses else None
+
+
 def mean_over_ranks(value: torch.Tensor) -> float:
     """Average a scalar over the process group, or return it where there is none."""
     import torch.distributed as dist

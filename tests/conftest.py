@@ -7,8 +7,11 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,6 +116,50 @@ def wandb_reader() -> SimpleNamespace:
     return SimpleNamespace(records=_wandb_records, history=_wandb_history)
 
 
+@pytest.fixture(scope="session")
+def mlflow_environment() -> dict[str, str]:
+    """Variables under which Python finds MLflow, which `make test` keeps apart: it brings a web server along."""
+    found = os.environ.get("MESHWRIGHT_MLFLOW")
+    if found is None:
+        pytest.fail(
+            "MESHWRIGHT_MLFLOW must name the folder that MLflow was installed into; `make test` makes one"
+        )
+    return {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{found}"}
+
+
+@pytest.fixture
+def mlflow_reader(mlflow_environment: dict[str, str]) -> Callable[[Path], list[Any]]:
+    """Read a folder of MLflow's with its own client: the runs that are not deleted, with every point of theirs."""
+
+    def read(folder: Path) -> list[Any]:
+        environment = {**os.environ, **mlflow_environment, "MLFLOW_ALLOW_FILE_STORE": "true"}
+        done = subprocess.run(
+            [sys.executable, "-c", _MLFLOW_READER, folder.as_uri()],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        runs: list[Any] = json.loads(done.stdout)
+        return runs
+
+    return read
+
+
+_MLFLOW_READER = """
+import json, sys
+from mlflow import MlflowClient
+client = MlflowClient(tracking_uri=sys.argv[1])
+told = []
+for run in client.search_runs([place.experiment_id for place in client.search_experiments()]):
+    points = [(tag, p.step, p.value) for tag in run.data.metrics
+              for p in client.get_metric_history(run.info.run_id, tag)]
+    told.append({"name": run.info.run_name, "id": run.info.run_id, "status": run.info.status,
+                 "tags": run.data.tags, "params": run.data.params, "points": points})
+print(json.dumps(told))
+"""
+
+
 def _wandb_records(file: Path) -> Iterator[Any]:
     """Records of a W&B file: LevelDB's log format (32 KiB blocks of framed fragments) after a 7-byte head."""
     from wandb.proto import wandb_internal_pb2
@@ -141,3 +188,41 @@ def _wandb_history(file: Path) -> list[dict[str, Any]]:
                 {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
             )
     return rows
+
+
+class Webhook(HTTPServer):
+    """Keeps what is posted to it."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.taken: list[dict[str, Any]] = []
+        self.answer = 200
+        self.url = f"http://127.0.0.1:{self.server_port}/services/secret-path"
+
+    def told(self) -> Counter[str]:
+        """How often each cause came."""
+        return Counter(record["cause"] for record in self.taken)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Webhook
+
+    def do_POST(self) -> None:
+        self.server.taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(self.server.answer)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def webhook(monkeypatch: pytest.MonkeyPatch) -> Iterator[Webhook]:
+    """A server that alerts of this process, and of those that it starts, go to: `taken`, `told()`, `answer`, `url`."""
+    server = Webhook()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("MESHWRIGHT_WEBHOOK_URL", server.url)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -40,6 +40,8 @@ class MonitorConfig:
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with a key
     wandb_project: str = "meshwright"
     wandb_group: str | None = None  # runs of a sweep share one
+    mlflow: bool = False  # to MLFLOW_TRACKING_URI, else to metrics/mlflow
+    mlflow_experiment: str = "meshwright"
     prometheus: bool = False  # answer GET /metrics
     prometheus_host: str = "127.0.0.1"
     prometheus_port: int = 9877  # 0: any that is free; metrics/prometheus.url tells which
@@ -48,6 +50,7 @@ class MonitorConfig:
     warmup_steps: int = 3  # first steps left out of predicted vs measured
     sample_interval: int = 10  # steps between figures of all ranks and nodes; 0: none
     node_seconds: float = 5.0  # between two looks at a node's hardware
+    histograms: int = 0  # steps between histograms of weights and gradients; 0: none
     profile: tuple[int, ...] = ()  # first and last step of a trace; empty: none
     alerts: AlertConfig = field(default_factory=AlertConfig)
 
@@ -56,7 +59,7 @@ class MonitorConfig:
             raise ValueError(
                 f"monitor.log_interval={self.log_interval} must be at least 1; 1 prints every step"
             )
-        for key in ("warmup_steps", "sample_interval"):
+        for key in ("warmup_steps", "sample_interval", "histograms"):
             if getattr(self, key) < 0:
                 raise ValueError(f"monitor.{key}={getattr(self, key)} must not be negative; {_ZERO[key]}")
         if not self.wandb_project.strip():
@@ -84,4 +87,8 @@ class MonitorConfig:
             )
 
 
-_ZERO = {"warmup_steps": "0 counts all", "sample_interval": "0 samples nothing"}
+_ZERO = {
+    "warmup_steps": "0 counts all",
+    "sample_interval": "0 samples nothing",
+    "histograms": "0 takes none",
+}

@@ -28,6 +28,8 @@ class StepMetrics:
     time: float  # unix seconds
     consumed_samples: int
     skipped: bool = False  # fp16 overflow: the optimizer did not move
+    # By tensor, then by bin: how many numbers (strategies/bins.py); of steps with monitor.histograms only.
+    histograms: Mapping[str, Mapping[str, int]] | None = None
 
     loss: float = metric("train/loss", "Mean loss over the global batch", unit="nats", default=...)
     loss_max: float | None = metric("train/loss_max", "Largest mean loss of one rank", unit="nats")
@@ -35,6 +37,13 @@ class StepMetrics:
     grad_norm: float = metric("train/grad_norm", "Norm of the gradients before clipping", default=...)
     clip_ratio: float | None = metric(
         "train/clip_ratio", "What clipping multiplied the gradients by; 1 is nothing"
+    )
+    expert_imbalance: float | None = metric(
+        "train/expert_imbalance", "Tokens of the busiest expert over the mean expert's, worst layer"
+    )
+    expert_imbalance_mean: float | None = metric(
+        "train/expert_imbalance_mean",
+        "Tokens of the busiest expert over the mean expert's, mean of the layers",
     )
     learning_rate: float = metric("train/learning_rate", "Learning rate", default=...)
     skipped_steps: int | None = metric(
@@ -68,6 +77,15 @@ class StepMetrics:
     bubble_share: float | None = metric(
         "perf/bubble_share", "Share of a pipeline's step that idles, by the plan"
     )
+    communication_s: Mapping[str, float] | None = metric(
+        "perf/communication_s", "Communication in a traced step", unit="seconds", label="group"
+    )
+    exposed_communication_s: float | None = metric(
+        "perf/exposed_communication_s",
+        "Communication in a traced step that no computing hides",
+        unit="seconds",
+    )
+    idle_s: float | None = metric("perf/idle_s", "Idle in a traced step", unit="seconds")
     straggler_score: Mapping[str, float] | None = metric(
         "perf/straggler_score", "A rank's time for a fixed computation over the others' median", label="rank"
     )

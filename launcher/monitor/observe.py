@@ -21,6 +21,7 @@ from launcher.monitor.node import NodeSampler, Sample, merged
 from launcher.monitor.reliability import Reliability
 from launcher.monitor.system import peak_memory_gib
 from strategies.base import StepResult
+from strategies.bins import Histograms, added
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -29,6 +30,19 @@ _WINDOW = 1000  # newest steps that percentiles are of
 _RECENT = 10
 _SMOOTHING = 0.3  # weight of the newest pulse
 _WARM = 3  # first steps of a start, which no percentile should remember
+
+ExpertTokens = Mapping[int, Sequence[int]]  # by layer, of each expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """What a rank saw inside of one step."""
+
+    expert_tokens: ExpertTokens = field(default_factory=dict)
+    histograms: Histograms | None = None  # None: not asked for at this step
+    traced: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # figures of the profiled steps that end with this one
 
 
 class Peers(Protocol):
@@ -138,14 +152,16 @@ class Observer:
         consumed_samples: int,
         validation_loss: float | None,
         goodput: float | None,
+        looks: Looks,
     ) -> StepMetrics:
         """Return the metrics of a finished step; at sampled steps every rank has to ask."""
         now = time.time()
+        own = self._own(result, looks.expert_tokens) if self.is_due(step) else None
         self._skipped += result.skipped
         self._seen += 1
         if self._seen > _WARM:
             self._times.add(seconds)
-        sampled = self._sample(result, waited_s=waited_s, now=now) if self._is_due(step) else {}
+        sampled = {} if own is None else self._sample(own, now=now)
         return StepMetrics(
             step=step,
             time=now,
@@ -167,7 +183,18 @@ class Observer:
             **self._speed(seconds),
             **self._times.figures(),
             **sampled,
+            histograms=self._gathered(looks.histograms),
+            **looks.traced,
         )
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether the next step, of this number, is a sampled one: the first of a start is."""
+        interval = self._config.sample_interval
+        return interval > 0 and (step % interval == 0 or self._seen == 0)
+
+    def wants_histograms(self, step: int) -> bool:
+        """Tell whether weights and gradients are looked at in the step of this number."""
+        return self._config.histograms > 0 and step % self._config.histograms == 0
 
     def close(self) -> None:
         """Stop the node's sampler."""
@@ -180,10 +207,6 @@ class Observer:
             self._skipped += bool(past.get("skipped"))
         for past in history[-_WINDOW:]:
             self._times.add(past["step_time_s"])
-
-    def _is_due(self, step: int) -> bool:
-        interval = self._config.sample_interval
-        return interval > 0 and (step % interval == 0 or self._seen == 1)
 
     def _speed(self, seconds: float) -> dict[str, Any]:
         """Speed of one GPU, in tokens, in model FLOPs, and as a share of its peak."""
@@ -201,17 +224,25 @@ class Observer:
             ),
         }
 
-    def _sample(self, result: StepResult, *, waited_s: float, now: float) -> dict[str, Any]:
-        found = self._peers.gather(self._own(result))
+    def _sample(self, own: dict[str, Any], *, now: float) -> dict[str, Any]:
+        found = self._peers.gather(own)
         if self._peers.rank != 0:
             return {}
         return {
             **_worst(found),
             **self._stragglers([own["pulse"] for own in found]),
+            **imbalance([own["experts"] for own in found]),
             **_plan_error(found, self._setting.predictions),
             **merged([own["node"] for own in found if own["node"]]),
             **self._reliability.update(now=now),
         }
+
+    def _gathered(self, own: Histograms | None) -> dict[str, dict[str, int]] | None:
+        """Add up what all ranks counted; every rank asks at the same steps."""
+        if own is None:
+            return None
+        summed = added(self._peers.gather(own))
+        return {name: {str(place): n for place, n in counts.items()} for name, counts in summed.items()}
 
     def _stragglers(self, pulses: Sequence[float | None]) -> dict[str, Any]:
         """How slow each rank is: one pulse may meet any chance, so they are smoothed over samples."""
@@ -223,11 +254,12 @@ class Observer:
         scores = straggler_scores(self._pulses)
         return {"straggler_score": scores} if scores else {}
 
-    def _own(self, result: StepResult) -> dict[str, Any]:
+    def _own(self, result: StepResult, expert_tokens: ExpertTokens) -> dict[str, Any]:
         memory = self._probes.device_memory
         allocated, reserved = memory() if memory else (None, None)
         return {
             "loss": result.rank_loss,
+            "experts": expert_tokens,
             "peak": peak_memory_gib(self._probes.device_peak_bytes),
             "allocated": allocated,
             "reserved": reserved,
@@ -251,6 +283,19 @@ def straggler_scores(seconds: Sequence[float]) -> dict[str, float]:
     return found
 
 
+def imbalance(found: Sequence[ExpertTokens]) -> dict[str, float]:
+    """Return how unevenly the tokens of all ranks fell on experts: 1 is evenly, their number is all on one."""
+    layers: dict[int, list[int]] = {}
+    for own in found:
+        for layer, tokens in own.items():
+            before = layers.get(layer, [0] * len(tokens))
+            layers[layer] = [old + new for old, new in zip(before, tokens, strict=True)]
+    ratios = [max(tokens) / statistics.mean(tokens) for tokens in layers.values() if any(tokens)]
+    if not ratios:
+        return {}
+    return {"expert_imbalance": max(ratios), "expert_imbalance_mean": statistics.mean(ratios)}
+
+
 def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The largest figure of all ranks, where ranks have it."""
     scales = {
@@ -262,8 +307,9 @@ def _worst(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     values: dict[str, Any] = {}
     for name, (key, scale) in scales.items():
-        if all(own[key] is not None for own in found):
-            values[name] = max(own[key] for own in found) / scale
+        told = [own[key] for own in found if own[key] is not None]  # only a last pipeline stage has a loss
+        if told:
+            values[name] = max(told) / scale
     return values
 
 

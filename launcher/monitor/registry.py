@@ -26,7 +26,7 @@ class Metric:
     tag: str  # in TensorBoard and W&B
     unit: str
     text: str
-    label: str | None = None  # what tells the curves apart: rank, node, gpu or cause
+    label: str | None = None  # what tells the curves apart: rank, group of ranks, node, gpu or cause
     counter: bool = False  # only ever grows
 
     @property

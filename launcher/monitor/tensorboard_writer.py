@@ -1,4 +1,4 @@
-"""TensorBoard: scalars of every step, the plan as text, the settings as hyper-parameters. No torch, no TensorFlow."""
+"""TensorBoard: scalars, histograms, the plan as text, the settings as hyper-parameters. No torch, no TensorFlow."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.monitor.histograms import drawn
+from launcher.monitor.hyper_parameters import PLAIN, hyper_parameters
 from launcher.monitor.metrics import StepMetrics, scalars
-
-_PLAIN = (bool, int, float, str)
 
 
 class TensorBoardWriter:
@@ -26,6 +26,7 @@ class TensorBoardWriter:
         plan: Mapping[str, Any],
     ) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.plugins.hparams import summary_v2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
@@ -40,10 +41,11 @@ class TensorBoardWriter:
         self._append(step=first_step, session_log=start)
         # One step earlier than what the mark hides, or the next start would hide the text.
         self._append(step=first_step - 1, summary=self._summary(value=[_plan_text(plan)]))
-        self._append(step=first_step - 1, summary=_hyper_parameters(settings, plan))
+        self._append(step=first_step - 1, summary=summary_v2.hparams_pb(hyper_parameters(settings, plan)))
 
     def write(self, metrics: StepMetrics) -> None:
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(metrics).items()]
+        values += [_histogram(name, counts) for name, counts in (metrics.histograms or {}).items()]
         self._append(step=metrics.step, wall_time=metrics.time, summary=self._summary(value=values))
 
     def close(self) -> None:
@@ -54,13 +56,23 @@ class TensorBoardWriter:
         self._records.flush()
 
 
+def _histogram(name: str, counts: Mapping[str, int]) -> Any:
+    from tensorboard.compat.proto import histogram_pb2, summary_pb2
+
+    borders, numbers = drawn(counts)
+    histogram = histogram_pb2.HistogramProto(
+        min=borders[0], max=borders[-1], num=sum(numbers), bucket_limit=borders[1:], bucket=numbers
+    )
+    return summary_pb2.Summary.Value(tag=name, histo=histogram)
+
+
 def _plan_text(plan: Mapping[str, Any]) -> Any:
     """The plan as a table in Markdown, for the text dashboard."""
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.plugins.text import metadata
     from tensorboard.util import tensor_util
 
-    rows = [f"| {key} | {value} |" for key, value in plan.items() if isinstance(value, _PLAIN)]
+    rows = [f"| {key} | {value} |" for key, value in plan.items() if isinstance(value, PLAIN)]
     text = "\n".join(["| key | value |", "|---|---|", *rows])
     return summary_pb2.Summary.Value(
         tag="plan",
@@ -69,17 +81,3 @@ def _plan_text(plan: Mapping[str, Any]) -> Any:
         ),
         tensor=tensor_util.make_tensor_proto(text),
     )
-
-
-def _hyper_parameters(settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Any:
-    """What the dashboard of hyper-parameters compares runs by."""
-    from tensorboard.plugins.hparams import summary_v2
-
-    groups = {"training": settings.get("training", {}), "plan": plan}
-    flat = {
-        f"{group}.{key}": value
-        for group, values in groups.items()
-        for key, value in values.items()
-        if isinstance(value, _PLAIN)
-    }
-    return summary_v2.hparams_pb(flat)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 STEP = "meshwright step "  # how the steps are marked in a trace
 _MICROSECOND = 1e-6
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_UNNAMED = "unnamed"  # as all are on a CPU, where gloo's threads know no groups
 _LIBRARIES = ("gloo:", "nccl:", "mpi:", "ucc:")
 
 Interval = tuple[float, float]
@@ -41,7 +43,21 @@ def summarise(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
     return {
         **{part: value * _MICROSECOND / count for part, value in seconds.items()},
-        "by operation": {name: value / count for name, value in _by_operation(sent, steps).items()},
+        "by operation": _seconds_by(sent, _operation, steps=steps, count=count),
+        "by group": _seconds_by(sent, _group, steps=steps, count=count),
+    }
+
+
+def figures(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the mean of the ranks says of a step, as metrics; a group counts for the ranks that are in it."""
+    groups: dict[str, list[float]] = {}
+    for rank in ranks:
+        for group, seconds in rank["by group"].items():
+            groups.setdefault(group, []).append(seconds)
+    return {
+        "communication_s": {group: statistics.mean(found) for group, found in sorted(groups.items())},
+        "exposed_communication_s": statistics.mean(rank["exposed communication"] for rank in ranks),
+        "idle_s": statistics.mean(rank["idle"] for rank in ranks),
     }
 
 
@@ -59,17 +75,32 @@ def _computes(event: Mapping[str, Any], *, on_device: bool) -> bool:
     return event.get("cat") == "cpu_op" and not str(event["name"]).startswith(("c10d::", *_LIBRARIES))
 
 
-def _by_operation(events: Sequence[Mapping[str, Any]], steps: Sequence[Interval]) -> dict[str, float]:
-    """Seconds by group, where the trace names it, and operation."""
+def _seconds_by(
+    events: Sequence[Mapping[str, Any]],
+    name_of: Callable[[Mapping[str, Any]], str],
+    *,
+    steps: Sequence[Interval],
+    count: int,
+) -> dict[str, float]:
+    """Seconds of a step by what `name_of` calls an event."""
     found: dict[str, list[Interval]] = {}
     for event in events:
-        told = event.get("args", {})
-        operation = told.get("Collective name") or str(event["name"])
-        group = told.get("Process Group Description") or told.get("Process Group Name")
-        found.setdefault(f"{group}: {operation}" if group else operation, []).append(_interval(event))
+        found.setdefault(name_of(event), []).append(_interval(event))
     return {
-        name: _length(_within(_union(spans), steps)) * _MICROSECOND for name, spans in sorted(found.items())
+        name: _length(_within(_union(spans), steps)) * _MICROSECOND / count
+        for name, spans in sorted(found.items())
     }
+
+
+def _operation(event: Mapping[str, Any]) -> str:
+    name = str(event.get("args", {}).get("Collective name") or event["name"])
+    group = _group(event)
+    return name if group == _UNNAMED else f"{group}: {name}"
+
+
+def _group(event: Mapping[str, Any]) -> str:
+    told = event.get("args", {})
+    return str(told.get("Process Group Description") or told.get("Process Group Name") or _UNNAMED)
 
 
 def _interval(event: Mapping[str, Any]) -> Interval:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from launcher.files import write_whole
 from launcher.monitor.observe import Peers
-from launcher.monitor.trace import STEP, summarise
+from launcher.monitor.trace import STEP, figures, summarise
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +59,13 @@ class Tracing:
         with self._profiler.mark(f"{STEP}{number}"):
             yield
 
-    def after(self, number: int) -> None:
-        """Write traces and summary behind the last step of the window; every rank has to call it."""
+    def after(self, number: int) -> dict[str, Any]:
+        """Write traces and summary behind the last step of the window; every rank has to call it.
+
+        Returns what it adds to that step's metrics.
+        """
         if self._profiler is None or number != self._window[1]:
-            return
+            return {}
         self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"rank_{self._peers.rank:05d}.json"
         self._profiler.stop(path)
@@ -73,6 +76,7 @@ class Tracing:
             summary = {"first_step": self._window[0], "last_step": self._window[1], "ranks": found}
             write_whole(self._directory / "summary.json", json.dumps(summary, indent=2) + "\n")
             _log.info("%s", told(found, directory=self._directory))
+        return figures(found)
 
 
 def told(ranks: Sequence[dict[str, Any]], *, directory: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import netrc
 import os
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
+from launcher.monitor.histograms import drawn
 from launcher.monitor.metrics import StepMetrics, scalars, sentence
 
 _log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class WandbWriter:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
-        self._teardown, self._artifact = wandb.teardown, wandb.Artifact
+        self._teardown, self._artifact, self._picture = wandb.teardown, wandb.Artifact, wandb.Histogram
         directory.mkdir(parents=True, exist_ok=True)
         run_id = _wandb_id(directory)
         excepthook = sys.excepthook
@@ -96,29 +99,49 @@ class WandbWriter:
         self._replay(directory, run_id, history=history, offline=mode == "offline")
         self._run_dir, self._id = directory.absolute().parent, run_id
         self._refer("plan", [self._run_dir / "plan.json"])
+        self._catch_up(Outbox(directory, repeat_s=0).told(), history=history, offline=mode == "offline")
 
     def write(self, metrics: StepMetrics) -> None:
         if metrics.step >= self._first_step:
-            self._run.log({**scalars(metrics), "_timestamp": metrics.time}, step=metrics.step, commit=True)
+            drawings = {name: self._histogram(counts) for name, counts in (metrics.histograms or {}).items()}
+            told = {**scalars(metrics), **drawings, "_timestamp": metrics.time}
+            self._run.log(told, step=metrics.step, commit=True)
+
+    def _histogram(self, counts: Mapping[str, int]) -> Any:
+        borders, numbers = drawn(counts)
+        return self._picture(np_histogram=(numbers, borders))
 
     def alert(self, title: str, text: str) -> None:
         """Raise an alert there; W&B itself stays quiet about one that it cannot send."""
         self._run.alert(title=title, text=text)
 
     def close(self) -> None:
-        self._refer("checkpoints", sorted(self._run_dir.glob("checkpoints/step_*/manifest.json")))
+        manifests = sorted(self._run_dir.glob("checkpoints/step_*/manifest.json"))
+        self._refer("checkpoints", manifests, lineage=_lineage(self._run_dir / "events.jsonl"))
         self._run.finish()
         self._teardown()  # waits for the last bytes: `finish` returns before its service has flushed the file
 
-    def _refer(self, kind: str, files: Sequence[Path]) -> None:
+    def _refer(self, kind: str, files: Sequence[Path], **metadata: Any) -> None:
         """Name files of the run as an artifact: where they lie and their checksums, none of their content."""
         found = [file for file in files if file.exists()]
         if not found:
             return
-        artifact = self._artifact(f"{kind}-{self._id}", type=kind)
+        artifact = self._artifact(f"{kind}-{self._id}", type=kind, metadata=metadata or None)
         for file in found:
             artifact.add_reference(file.as_uri(), name=str(file.relative_to(self._run_dir)))
         self._run.log_artifact(artifact)
+
+    def _catch_up(
+        self, told: Sequence[Mapping[str, Any]], *, history: Sequence[StepMetrics], offline: bool
+    ) -> None:
+        """Raise the alerts that came when no run was open here: a failure is told behind the workers' end.
+
+        A file that replaces earlier ones needs all of them.
+        """
+        heard = history[-1].time if history and not offline else 0.0
+        for alert in told:
+            if alert["time"] > heard:
+                self.alert(alert["cause"], alert["text"])
 
     def _replay(self, directory: Path, run_id: str, *, history: Sequence[StepMetrics], offline: bool) -> None:
         """Log the past again, which also fills what a killed writer had not flushed.
@@ -132,6 +155,18 @@ class WandbWriter:
             for stale in (directory / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"):
                 if stale.parent.resolve() != current:
                     shutil.rmtree(stale.parent, ignore_errors=True)
+
+
+def _lineage(events_file: Path) -> list[dict[str, Any]]:
+    """Return which checkpoint each checkpoint's start went on from; None is the beginning."""
+    origin, found = None, []
+    lines = events_file.read_text(encoding="utf-8").splitlines() if events_file.exists() else []
+    for event in (json.loads(line) for line in lines if line.endswith("}")):
+        if event["event"] == "resumed":
+            origin = event["checkpoint"]
+        elif event["event"] == "checkpoint":
+            found.append({"step": event["step"], "from": origin})
+    return found
 
 
 def wandb_mode(config: MonitorConfig) -> Literal["online", "offline", "disabled"]:

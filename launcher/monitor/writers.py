@@ -1,15 +1,16 @@
-"""Where a step's numbers go besides metrics.jsonl: TensorBoard, W&B, Prometheus. None of them can stop a run."""
+"""Where a step's numbers go besides metrics.jsonl: TensorBoard, W&B, MLflow, Prometheus. None can stop a run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics, sentence
+from launcher.monitor.mlflow_writer import MlflowWriter
 from launcher.monitor.prometheus_writer import Endpoint, Exposition, Textfile
 from launcher.monitor.tensorboard_writer import TensorBoardWriter
 from launcher.monitor.wandb_writer import WandbWriter, open_wandb, wandb_mode
@@ -78,30 +79,46 @@ def _wanted(
                 ),
             )
         )
-    exposition = Exposition(run=about.directory.absolute().parent.name, history=history)
-    if config.prometheus:
+    if config.mlflow:
         wanted.append(
             (
-                "Prometheus",
-                "monitor.prometheus=false",
-                lambda: Endpoint(
-                    exposition,
-                    host=config.prometheus_host,
-                    port=config.prometheus_port,
-                    url_file=about.directory / "prometheus.url",
+                "MLflow",
+                "monitor.mlflow=false",
+                lambda: MlflowWriter(
+                    about.directory,
+                    experiment=config.mlflow_experiment,
+                    settings=about.settings,
+                    plan=about.plan,
+                    history=history,
                 ),
             )
         )
+    return [*wanted, *_exposed(config, about, history)]
+
+
+def _exposed(
+    config: MonitorConfig, about: About, history: Sequence[StepMetrics]
+) -> Iterator[tuple[str, str, Callable[[], Writer]]]:
+    """What Prometheus reads, in either way, of one exposition."""
+    exposition = Exposition(run=about.directory.absolute().parent.name, history=history)
+    if config.prometheus:
+        yield (
+            "Prometheus",
+            "monitor.prometheus=false",
+            lambda: Endpoint(
+                exposition,
+                host=config.prometheus_host,
+                port=config.prometheus_port,
+                url_file=about.directory / "prometheus.url",
+            ),
+        )
     if config.prometheus_textfile is not None:
         path = Path(config.prometheus_textfile)
-        wanted.append(
-            (
-                "Prometheus' text file",
-                "monitor.prometheus_textfile=null",
-                lambda: Textfile(exposition, path=path),
-            )
+        yield (
+            "Prometheus' text file",
+            "monitor.prometheus_textfile=null",
+            lambda: Textfile(exposition, path=path),
         )
-    return wanted
 
 
 class Writers:

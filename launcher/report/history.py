@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from launcher.goodput import Start, starts_of
 from launcher.report.markup import box, label, legend, line, picture, table, tag, ticks
 from launcher.report.style import hue
 
 STARTING, STEPS, SAVING, LOST, DOWN = "starting", "steps that count", "saving", "lost steps", "not running"
 KINDS = (STEPS, STARTING, SAVING, LOST, DOWN)
-_ENDS = ("failed", "finished", "stopped", "interrupted", "restarting")
+_ENDS = ("failed", "finished", "stopped", "interrupted")
 _LEFT, _TOP, _ROW, _REACH = 108.0, 26.0, 34.0, 640.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A stretch of a run's life, in seconds since its first launch."""
+    """A stretch of a run's life, in seconds since its workers first began."""
 
     kind: str
     start_s: float
@@ -31,56 +32,52 @@ class Span:
         return self.end_s - self.start_s
 
 
-class _Reader:
-    """Walks through events once; what a stretch was is known only at its end."""
-
-    def __init__(self, first: float) -> None:
-        self.spans: list[Span] = []
-        self._first = first
-        self._state = DOWN
-        self._since = first
-
-    def take(self, event: Mapping[str, Any]) -> None:
-        kind, now = event["event"], float(event["time"])
-        if kind == "launched":
-            self._close(now, then=STARTING)
-        elif kind == "started":
-            self._close(now, then=STEPS)
-        elif kind == "checkpoint" and self._state == STEPS:
-            saved_from = max(self._since, now - float(event.get("stall_s") or 0.0))
-            self._close(saved_from, then=SAVING)
-            self._close(now, then=STEPS, note=f"checkpoint of step {event.get('step')}")
-        elif kind in _ENDS:
-            if kind == "failed" and self._state == STEPS:
-                self._state = LOST
-            self._close(now, then=DOWN, note=str(event.get("message", kind)))
-
-    def end(self, now: float) -> None:
-        if self._state != DOWN:
-            self._close(now, then=DOWN)
-
-    def _close(self, now: float, *, then: str, note: str = "") -> None:
-        now = max(now, self._since)
-        if now > self._since:
-            self.spans.append(
-                Span(kind=self._state, start_s=self._since - self._first, end_s=now - self._first, note=note)
-            )
-        self._state, self._since = then, now
-
-
-def spans_of(events: Sequence[Mapping[str, Any]], *, last: float | None) -> tuple[Span, ...]:
-    """Return the stretches from the first launch on; `last` is when the run was last heard of."""
-    told = sorted(
-        (e for e in events if e["event"] in ("launched", "started", "checkpoint", *_ENDS)),
-        key=lambda e: e["time"],
+def spans_of(
+    events: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Span, ...]:
+    """Return the stretches from the first start of the workers on, to the last thing heard of the run."""
+    last = max((float(told["time"]) for told in (*events, *records)), default=0.0)
+    starts = starts_of(events, records, now=last)
+    found: list[Span] = []
+    for start, after in zip(starts, [*starts[1:], None], strict=False):
+        until = last if after is None else after.begun
+        of_start = [event for event in events if start.begun <= event["time"] <= until]
+        lost = start.failed or (after is not None and _repeats(events, after))
+        found += _of_start(start, of_start, lost=lost)
+        if after is not None:
+            found.append(Span(kind=DOWN, start_s=start.ended, end_s=after.begun))
+    first = starts[0].begun if starts else 0.0
+    return tuple(
+        replace(span, start_s=span.start_s - first, end_s=span.end_s - first)
+        for span in found
+        if span.end_s > span.start_s
     )
-    if not told:
-        return ()
-    reader = _Reader(float(told[0]["time"]))
-    for event in told:
-        reader.take(event)
-    reader.end(max(float(told[-1]["time"]), last or 0.0))
-    return tuple(reader.spans)
+
+
+def _repeats(events: Sequence[Mapping[str, Any]], start: Start) -> bool:
+    """Tell whether a start began with steps that the one before it had made."""
+    return any(
+        event["event"] == "lost" and start.begun <= event["time"] <= (start.stepped or start.ended)
+        for event in events
+    )
+
+
+def _of_start(start: Start, events: Sequence[Mapping[str, Any]], *, lost: bool) -> Iterator[Span]:
+    """Yield the stretches of one start; what lies behind its last checkpoint is lost where a failure took it."""
+    stepped = start.ended if start.stepped is None else start.stepped
+    yield Span(kind=STARTING, start_s=start.begun, end_s=stepped)
+    since = stepped
+    for event in events:
+        if event["event"] == "checkpoint" and stepped < event["time"] <= start.ended:
+            saved_from = max(since, event["time"] - float(event.get("stall_s") or 0.0))
+            yield Span(kind=STEPS, start_s=since, end_s=saved_from)
+            since = float(event["time"])
+            yield Span(
+                kind=SAVING, start_s=saved_from, end_s=since, note=f"checkpoint of step {event.get('step')}"
+            )
+    end = next((e for e in events if e["event"] in _ENDS and e["time"] == start.ended), {})
+    note = str(end.get("message", end.get("event", "")))
+    yield Span(kind=LOST if lost else STEPS, start_s=since, end_s=start.ended, note=note)
 
 
 def seconds_by_kind(spans: Sequence[Span]) -> dict[str, float]:

@@ -36,7 +36,7 @@ class RunData:
     @property
     def spans(self) -> tuple[Span, ...]:
         """Where the time went."""
-        return spans_of(self.events, last=self.newest("time"))
+        return spans_of(self.events, self.records)
 
     @property
     def measured(self) -> Mapping[str, Any]:

@@ -125,6 +125,12 @@ def _curves(runs: Sequence[RunData]) -> str:
         chart(every("memory_peak_gib"), name="peak", title="Peak memory of the fullest rank", unit="GiB"),
         chart(every("straggler_score"), name="straggler", title="Straggler score of each rank", unit=""),
         chart(every("goodput"), name="goodput", title="Goodput", unit=""),
+        chart(
+            [*every("expert_imbalance"), *every("expert_imbalance_mean", label="mean layer", dash=1)],
+            name="experts",
+            title="Tokens of the busiest expert over the mean, worst layer",
+            unit="",
+        ),
     ]
     names = legend((hue(run.number), run.name) for run in runs) if len(runs) > 1 else ""
     return names + tag("div", *charts, class_="charts") if any(charts) else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher import heartbeat
 from launcher.run_dir import RunDir, open_run
 from launcher.supervise.failure import Failure, lost_node
+from launcher.supervise.told import log_failure
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -19,15 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     run = open_run(Path(arguments[0]))
     for host in arguments[1:]:
         failure = found(run, host)
-        run.log_event(
-            "failed",
-            type=type(failure.error).__name__,
-            message=str(failure.error),
-            exit_code=failure.error.exit_code,
-            cause=failure.cause,
-            rank=failure.rank,
-            host=host,
-        )
+        log_failure(run, failure, step=None)
         print(f"meshwright: {failure.error}", file=sys.stderr)
     return 0
 

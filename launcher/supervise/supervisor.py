@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from launcher.supervise.others import Others, lead
 from launcher.supervise.policy import Attempt, decide, failed_alike
 from launcher.supervise.start import Ending, start
 from launcher.supervise.stop_requests import StopRequests, handling
+from launcher.supervise.told import log_failure
 from launcher.supervise.watch import step_reached
 
 
@@ -61,7 +61,7 @@ class _Supervisor:
             return self.requests.exit_code
         if failure is None:
             return 0
-        self._log_failure("export_failed", failure, ending)
+        log_failure(self.run, failure, step=step_reached(ending.beats), event="export_failed")
         raise failure.error
 
     def train(self) -> int:
@@ -77,7 +77,7 @@ class _Supervisor:
             if failure is not None and failure.cause == "lost_node" and self._is_finished():
                 return 0  # it went when all was done
             if failure is not None:
-                self._log_failure("failed", failure, ending)
+                log_failure(self.run, failure, step=step_reached(ending.beats))
                 self._take_in(failure, ending, checkpoint)
             elif not devices.are_back or self._is_finished():
                 return 0
@@ -159,20 +159,6 @@ class _Supervisor:
     def _newest_checkpoint(self) -> str | None:
         found = self.run.tiers(self.run.job().checkpoint).committed()
         return found[0].name if found else None
-
-    def _log_failure(self, event: str, failure: Failure, ending: Ending) -> None:
-        facts = {
-            "type": type(failure.error).__name__,
-            "message": str(failure.error),
-            "exit_code": failure.error.exit_code,
-            "cause": failure.cause,
-            "rank": failure.rank,
-            "host": failure.host,
-            "frame": failure.frame,
-            "step": step_reached(ending.beats),
-        }
-        with suppress(OSError):  # a full disk: the person still hears of it
-            self.run.log_event(event, **facts)
 
 
 def _final(error: LauncherError, run: RunDir, why: str) -> LauncherError:

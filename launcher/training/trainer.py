@@ -7,8 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from launcher import goodput
@@ -18,7 +18,7 @@ from launcher.data.tokens import Split, TokenDataset
 from launcher.errors import BadLossError
 from launcher.heartbeat import Phase
 from launcher.monitor.metrics import StepMetrics, read
-from launcher.monitor.observe import Observer, Setting
+from launcher.monitor.observe import Looks, Observer, Setting
 from launcher.monitor.spikes import SpikeRule
 from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.tracing import Profiler, Tracing
@@ -31,6 +31,7 @@ from strategies.spec import Plan
 
 if TYPE_CHECKING:
     from launcher.ranks import Ranks
+    from strategies.base import MicroBatch
 
 STEPS_TO_COMPARE = 5  # measured after warm-up before the prediction is held against them
 logger = logging.getLogger(__name__)
@@ -154,9 +155,9 @@ class Trainer:
             waited_s = time.perf_counter() - started
             # Behind the reading: a rank that waits for its data is one beat behind those that wait for it.
             self.process.beat("stepping" if self._step_times else "warming", self.step)
-            result = self.strategy.train_step(batches, learning_rate=learning_rate)
+            result, looks = self._train_step(batches, observer, learning_rate=learning_rate)
             seconds = time.perf_counter() - started
-        self._tracing.after(self.step + 1)
+        traced = self._tracing.after(self.step + 1)
         self._check(result)
         self.step += 1
         self.consumed_samples = loader.consumed_samples
@@ -168,10 +169,25 @@ class Trainer:
             learning_rate=learning_rate,
             seconds=seconds,
             waited_s=waited_s,
+            looks=replace(looks, traced=traced),
             consumed_samples=self.consumed_samples,
             validation_loss=validation_loss,
             goodput=None if self._clock is None else self._clock.tick(seconds, now=time.time()),
         )
+
+    def _train_step(
+        self, batches: Sequence[MicroBatch], observer: Observer, *, learning_rate: float
+    ) -> tuple[StepResult, Looks]:
+        """Have the engine make one step, and look inside where the observer asks for it."""
+        step, asked = self.step + 1, ExitStack()
+        with asked:
+            strategy, seen = self.strategy, Looks()
+            if observer.is_due(step):
+                seen = replace(seen, expert_tokens=asked.enter_context(strategy.counting_experts()))
+            if observer.wants_histograms(step):
+                seen = replace(seen, histograms=asked.enter_context(strategy.taking_histograms()))
+            result = strategy.train_step(batches, learning_rate=learning_rate)
+        return result, seen
 
     def _check(self, result: StepResult) -> None:
         """Raise where a step spoiled the weights, before a checkpoint or a beat takes it for completed."""

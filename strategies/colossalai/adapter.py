@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf, process
+from strategies import hf, histograms, process
 from strategies.base import StepResult, Strategy
 from strategies.colossalai import checkpoints
 from strategies.colossalai.capabilities import CAPABILITIES
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
+    from strategies.bins import Histograms
 
 # Shardformer replaces forward methods of this release by its own; later ones call and return other things.
 TRANSFORMERS = "4.51.3"
@@ -60,7 +61,13 @@ class ColossalAIStrategy(Strategy):
         self._optimizer.step()
         norm = float(self._optimizer.get_grad_norm())
         self._optimizer.zero_grad(set_to_none=not self._keeps_gradients)
-        return StepResult(loss=self._mean(losses), grad_norm=norm)
+        return StepResult(loss=self._mean(losses), grad_norm=norm, rank_loss=process.own_mean(losses))
+
+    def taking_histograms(self) -> AbstractContextManager[Histograms]:
+        """Count all of this rank in one: what the Booster's optimizers move has no names of its own."""
+        if self._plan.zero_stage == 0 and self._place.dp > 0:
+            return nullcontext({})
+        return histograms.taking([self._optimizer.optim], lambda moved: {"all": (0, moved.numel())})
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf, process
+from strategies import hf, histograms, process, routing
 from strategies.base import StepResult, Strategy
 from strategies.deepspeed import disk
 from strategies.deepspeed.capabilities import CAPABILITIES
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
 
 
@@ -101,12 +102,18 @@ class DeepSpeedStrategy(Strategy):
             "the trainer must pass plan.num_microbatches batches"
         )
         hf.set_learning_rate(self._engine.optimizer, learning_rate)
+        own: float | None
         if self._plan.pp > 1:
             loss = float(self._engine.train_batch(self._pairs(batches)))
+            own = self._own_loss_of_pipeline(len(batches))
         else:
-            loss = process.mean_of([self._accumulate(batch) for batch in batches])
+            loss, own = process.means_of([self._accumulate(batch) for batch in batches])
         norm, skipped = self._engine.get_global_grad_norm(), not self._engine.was_step_applied()
-        return StepResult(loss=loss, grad_norm=float(norm), skipped=skipped)
+        return StepResult(loss=loss, grad_norm=float(norm), skipped=skipped, rank_loss=own)
+
+    def _own_loss_of_pipeline(self, num_microbatches: int) -> float | None:
+        """Return the mean over this rank's micro-batches, which the last stage adds up."""
+        return float(self._engine.total_loss) / num_microbatches if self._engine.is_last_stage() else None
 
     def _accumulate(self, batch: MicroBatch) -> torch.Tensor:
         loss, reported = hf.training_losses(
@@ -115,6 +122,24 @@ class DeepSpeedStrategy(Strategy):
         self._engine.backward(loss / self._summed_parts)
         self._engine.step()
         return reported
+
+    def counting_experts(self) -> AbstractContextManager[Mapping[int, Sequence[int]]]:
+        """Watch AutoEP's routers."""
+        if self._model.moe is None:
+            return nullcontext({})
+        routers = routing.routers_of([self._engine.module])
+        return routing.counting(routers, num_experts=self._model.moe.num_experts)
+
+    def taking_histograms(self) -> AbstractContextManager[Histograms]:
+        """Count what this rank holds of the flat tensors, parameter by parameter."""
+        holdings = self._holdings()
+        parts = holdings.parts(first=self.dp_rank == 0 and self._own_part_of_sequences() == 0)
+        return histograms.taking(holdings.optimizers(), lambda moved: parts.get(id(moved), {}))
+
+    def _own_part_of_sequences(self) -> int:
+        import torch.distributed as dist
+
+        return self._plan.coordinate("cp", dist.get_rank())
 
     def _pairs(self, batches: Sequence[MicroBatch]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield inputs, which the first stage reads, and labels, which the last one does."""

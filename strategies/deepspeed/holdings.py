@@ -71,6 +71,23 @@ class Holdings(ABC):
         master = self._master(group)
         return master.detach() if kind == WEIGHT else self._state(group)[kind]
 
+    def parts(self, *, first: bool) -> dict[int, dict[str, tuple[int, int]]]:
+        """Return what lies where in the tensors that the optimizer moves, by their `id`: name -> (offset, length).
+
+        Copies of what another rank holds are left out; `first` is the first of the ranks with the same weights.
+        """
+        del first  # a shard is nobody's copy
+        found: dict[int, dict[str, tuple[int, int]]] = {}
+        for part in self.slices:
+            if not self._placements[part.parameter].is_copy:
+                lie = found.setdefault(id(self._master(part.group)), {})
+                lie[part.parameter] = (part.offset, part.numel)
+        return found
+
+    def optimizers(self) -> list[Any]:
+        """Return torch's optimizers beneath the engine's."""
+        return list({id(inner): inner for inner in map(self._inner, self._groups())}.values())
+
     def batches(self) -> list[tuple[int, ...]]:
         """Return the groups that may be open together: all of them, unless they lie on a disk."""
         return [tuple(dict.fromkeys(part.group for part in self.slices))]
@@ -146,6 +163,20 @@ class WholeHoldings(Holdings):
 
     def flat(self, kind: str, group: int) -> torch.Tensor:
         return super().flat(kind, group).view(-1)
+
+    def parts(self, *, first: bool) -> dict[int, dict[str, tuple[int, int]]]:
+        found = super().parts(first=first)
+        if first:
+            return found
+        # The others have all of it as well, but for experts, which ranks of a group share out.
+        own = {id(parameter) for parameter in self._parameters if self._is_only_copy(parameter)}
+        return {key: lie for key, lie in found.items() if key in own}
+
+    def _is_only_copy(self, parameter: Any) -> bool:
+        from deepspeed.utils import groups
+
+        name = getattr(parameter, "group_name", None)
+        return name is not None and groups._get_expert_data_parallel_rank(name) == 0
 
     def _master(self, group: int) -> torch.Tensor:
         parameter: torch.Tensor = self._parameters[group]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from strategies import hf, process
+from strategies import hf, histograms, process, routing
 from strategies.base import StepResult, Strategy
 from strategies.engine_options import check
 from strategies.megatron.capabilities import CAPABILITIES
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from strategies.base import MicroBatch
+    from strategies.bins import Histograms
     from strategies.inspection import Inspection
     from strategies.megatron.checkpoints import Snapshots
 
@@ -78,9 +80,23 @@ class MegatronStrategy(Strategy):
         applied, norm, _ = self._optimizer.step()
         return StepResult(
             loss=self._mean(losses),
+            rank_loss=process.own_mean(losses),
             grad_norm=float("nan") if norm is None else float(norm),
             skipped=not applied,
         )
+
+    def counting_experts(self) -> AbstractContextManager[Mapping[int, Sequence[int]]]:
+        """Watch Megatron-core's routers; each stage has those of its own layers."""
+        if self._model.moe is None:
+            return nullcontext({})
+        return routing.counting(routing.routers_of(self._chunks), num_experts=self._model.moe.num_experts)
+
+    def taking_histograms(self) -> AbstractContextManager[Histograms]:
+        """Count this rank's shards, or what no other rank counts."""
+        from strategies.megatron import moved
+
+        names = moved.names_of(self._chunks, self._optimizer, sharded=self._plan.zero_stage > 0)
+        return histograms.taking(moved.optimizers_of(self._optimizer), histograms.whole(names))
 
     def evaluate(self, batches: Sequence[MicroBatch]) -> float:
         """Mean loss without gradients."""

@@ -87,14 +87,23 @@ def _unwrap(chunk: torch.nn.Module) -> Any:
     return inner
 
 
+def parameters_of(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """Return this rank's parameters by global name: layers and experts are counted over the whole model."""
+    return {
+        mapping.global_name(name, layers=_layers(chunk), first_expert=_experts(chunk).start): parameter
+        for chunk in map(_unwrap, chunks)
+        for name, parameter in chunk.named_parameters()
+    }
+
+
 def _held(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Return this rank's tensors by global name; only the router's correction bias is a buffer."""
-    held: dict[str, torch.Tensor] = {}
+    held: dict[str, torch.Tensor] = {name: it.detach() for name, it in parameters_of(chunks).items()}
     for chunk in map(_unwrap, chunks):
-        layers, first_expert = _layers(chunk), _experts(chunk).start
-        buffers = ((name, it) for name, it in chunk.named_buffers() if name.endswith("router.expert_bias"))
-        for name, tensor in (*chunk.named_parameters(), *buffers):
-            held[mapping.global_name(name, layers=layers, first_expert=first_expert)] = tensor.detach()
+        for name, buffer in chunk.named_buffers():
+            if name.endswith("router.expert_bias"):
+                name = mapping.global_name(name, layers=_layers(chunk), first_expert=_experts(chunk).start)
+                held[name] = buffer.detach()
     return held
 
 

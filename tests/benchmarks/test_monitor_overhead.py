@@ -22,7 +22,8 @@ def test_ratios_are_those_of_neighbours() -> None:
     block = 4
     durations = [9.0] * block  # warming up
     for number, usual in enumerate((1.0, 1.0, 2.0, 2.0), start=1):
-        durations += [usual * (1.1 if is_on(number) else 1.0)] * block
+        sampled = 1.4 if is_on(number) else 1.0  # one step in four; a median would not see it
+        durations += [usual, usual * sampled, usual, usual]
     figures = summary(list(accumulate(durations)), block=block)
     assert figures["median_ratio"] == pytest.approx(1.1)
     assert len(figures["pairs"]) == 2

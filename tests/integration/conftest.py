@@ -18,6 +18,7 @@ import pytest
 
 from launcher.decode import decode
 from strategies import hf
+from strategies.bins import BORDERS
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 
@@ -120,6 +121,27 @@ class Bench:
             self.trained(name)
         return self._started("resume", case.start)[name]
 
+    def largest(self, name: str) -> list[float]:
+        """The largest mean loss of one data parallel rank at each step, by the plain loop."""
+        case = self._cases[name]
+        return largest_share(self.reference(case.shape)["by_sequence"], case.as_plan())
+
+    def check_histograms(self, name: str, *, padding: bool = False) -> None:
+        """All weights and gradients of the first step are counted, each once; a gradient at a border may cross it.
+
+        The rows of a padded vocabulary are zeros.
+        """
+        found, plain = self.trained(name)["histograms"], self.reference(self._cases[name].shape)["histograms"]
+        weights = np.subtract(found["weights"], plain["weights"])
+        gradients = np.subtract(found["gradients"], plain["gradients"])
+        assert weights.sum() == gradients.sum()
+        if padding:
+            zeros = len(BORDERS) // 2
+            assert weights[zeros] > 0
+            weights[zeros] = gradients[zeros] = 0
+        assert not weights.any()
+        assert np.abs(gradients).sum() < 0.01 * sum(plain["weights"])
+
     def _started(self, verb: str, start: tuple[int, str]) -> Any:
         """Return what the ranks of one start found; a start that failed fails all its tests and is not repeated."""
         key = (verb, *start)
@@ -208,6 +230,12 @@ def make_tokens() -> Callable[..., np.ndarray]:
     return learnable_tokens
 
 
+@pytest.fixture(scope="session")
+def largest_of() -> Callable[..., list[float]]:
+    """`largest_share`, for the same."""
+    return largest_share
+
+
 @pytest.fixture(scope="module")
 def bench(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """The CASES of a test module, and its RESUMED: name -> (case whose checkpoint is read, case that reads it)."""
@@ -223,6 +251,13 @@ def learnable_tokens(training: TrainingSpec, vocabulary: int) -> np.ndarray:
     start = draw.integers(0, vocabulary, (*shape[:2], 1))
     counted = (start + np.arange(shape[2])) % vocabulary
     return np.where(draw.random(shape) < 0.2, draw.integers(0, vocabulary, shape), counted)
+
+
+def largest_share(by_sequence: list[list[float]], plan: Mapping[str, Any]) -> list[float]:
+    """From the loss of each sequence at each step to the largest mean of a data parallel rank, as the data is cut."""
+    dp, pieces = plan["dp"], plan["dp"] * plan["num_microbatches"]
+    shares = [np.split(np.array(step), pieces) for step in by_sequence]
+    return [max(float(np.mean(share[rank::dp])) for rank in range(dp)) for share in shares]
 
 
 def torchrun(
@@ -273,17 +308,48 @@ def train_plainly(weights: Path, data: np.ndarray, training: TrainingSpec) -> di
     def loss_of(batch: np.ndarray) -> torch.Tensor:
         tokens = torch.from_numpy(batch)
         logits = model(input_ids=tokens[:, :-1]).logits
-        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
+        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        return each.mean(dim=1)  # of each sequence
 
-    losses, norms = [], []
+    experts = count_experts(model, data[0])
+    losses, norms, by_sequence = [], [], []
     for step in range(training.num_steps):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
-        loss = loss_of(data[step])
+        each = loss_of(data[step])
+        by_sequence.append(each.tolist())
+        loss = each.mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm)))
+        if step == 0:
+            histograms = {
+                "weights": histogram(p.detach() for p in model.parameters()),
+                "gradients": histogram(p.grad for p in model.parameters()),
+            }
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
     with torch.no_grad():
-        return {"losses": losses, "norms": norms, "evaluated": float(loss_of(data[training.num_steps]))}
+        evaluated = float(loss_of(data[training.num_steps]).mean())
+    told = {"by_sequence": by_sequence, "experts": experts, "histograms": histograms}
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, **told}
+
+
+def histogram(tensors: Iterable[Any]) -> list[int]:
+    """How many numbers lie in each bin, which ends with its upper border."""
+    values = np.concatenate([tensor.flatten().numpy() for tensor in tensors])
+    found = np.searchsorted(np.array(BORDERS, dtype=np.float32), values)
+    return np.bincount(found, minlength=len(BORDERS) + 1).tolist()
+
+
+def count_experts(model: Any, batch: np.ndarray) -> dict[str, list[int]]:
+    """How many tokens of a batch choose each expert, by layer, from the routers' logits."""
+    import torch
+
+    if not hasattr(model.config, "num_experts_per_tok"):
+        return {}
+    with torch.no_grad():
+        found = model(input_ids=torch.from_numpy(batch)[:, :-1], output_router_logits=True).router_logits
+    chosen = [logits.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten() for logits in found]
+    layers = [torch.bincount(indices, minlength=found[0].shape[-1]).tolist() for indices in chosen]
+    return {str(layer): counts for layer, counts in enumerate(layers)}

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import strategies
 from launcher.decode import decode
 from strategies.base import Strategy
+from strategies.bins import BORDERS, added
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
@@ -47,17 +48,49 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         strategy.setup(plan, decode(ModelSpec, job["model"]), training, Path(job["weights"]))
     if case["load"]:
         strategy.load(Path(case["load"]))
-    losses, norms = [], []
+    losses, norms, own = [], [], []
     for step in range(case["first"], case["last"]):
         rate = training.learning_rate_at(step)
-        result = strategy.train_step(own_share(data[step], plan, strategy.dp_rank), learning_rate=rate)
+        share = own_share(data[step], plan, strategy.dp_rank)
+        if step == case["first"]:
+            with strategy.counting_experts() as counted, strategy.taking_histograms() as taken:
+                result = strategy.train_step(share, learning_rate=rate)
+        else:
+            result = strategy.train_step(share, learning_rate=rate)
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        own.append(result.rank_loss)
         if step + 1 == case["save_after"]:
             save(strategy, Path(case["save"]))
     evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
     strategy.teardown()
-    return {"losses": losses, "norms": norms, "evaluated": evaluated}
+    told = {"largest": largest(own), "experts": over_ranks(counted), "histograms": summed(taken)}
+    return {"losses": losses, "norms": norms, "evaluated": evaluated, **told}
+
+
+def largest(own: list[float | None]) -> list[float]:
+    """The largest of all ranks' own losses at each step; ranks before the last stage have none."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, own)
+    return [max(loss for loss in step if loss is not None) for step in zip(*told, strict=True)]
+
+
+def summed(taken: Any) -> dict[str, list[int]]:
+    """Over all ranks and all tensors, by kind."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, taken)
+    found = {kind: np.zeros(len(BORDERS) + 1, dtype=int) for kind in ("weights", "gradients")}
+    for name, counts in added(told).items():
+        found[name.split("/")[0]][list(counts)] += list(counts.values())
+    return {kind: counts.tolist() for kind, counts in found.items()}
+
+
+def over_ranks(counted: dict[int, Any]) -> dict[int, list[int]]:
+    """The tokens of each expert, by layer, over all ranks."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, counted)
+    layers = sorted({layer for one in told for layer in one})
+    return {layer: np.sum([one[layer] for one in told if layer in one], axis=0).tolist() for layer in layers}
 
 
 def sabotaged(words: dict[str, Any]) -> AbstractContextManager[Any]:

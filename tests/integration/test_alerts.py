@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import resource
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 SMALL = (
     *(
@@ -40,35 +35,10 @@ CALM = ("monitor.alerts.slowdown=0", "monitor.alerts.least_goodput=0")
 
 
 @contextmanager
-def webhook() -> Iterator[tuple[str, Callable[[], Counter[str]]]]:
-    """Listen; yields the address and what counts the alerts by cause."""
-    taken: list[dict[str, Any]] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/secret-path", lambda: Counter(a["cause"] for a in taken)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-@contextmanager
-def training(run: Path, url: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def training(run: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "launcher", "train", *SMALL, *words, f"run_dir={run}"]
-    environment = {**os.environ, "MESHWRIGHT_WEBHOOK_URL": url}
     with (run.parent / f"{run.name}.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             yield process
         finally:
@@ -130,56 +100,51 @@ def throttled(process: psutil.Process) -> Iterator[None]:
             process.resume()
 
 
-def test_every_cause_of_a_run_with_two_ranks_is_told_once(tmp_path: Path) -> None:
+def test_every_cause_of_a_run_with_two_ranks_is_told_once(tmp_path: Path, webhook: Any) -> None:
     run = tmp_path / "run"
     rules = (
         *("stalled_least_s=3", "stalled_factor=3", "checkpoint_age_s=1"),
         *("goodput_after_s=0", "least_goodput=0.99"),
     )
     words = (ENDLESS, "cluster.gpus_per_node=2", *(f"monitor.alerts.{rule}" for rule in rules))
-    with webhook() as (url, told), training(run, url, *words) as process:
+    with training(run, *words) as process:
         wait_for(lambda: num_steps(run) > 60, "steps")
         # Starting took longer than the steps so far, and nothing is saved.
-        wait_for(lambda: {"checkpoint_age", "low_goodput"} <= set(told()), "what start-up causes")
+        wait_for(lambda: {"checkpoint_age", "low_goodput"} <= set(webhook.told()), "what start-up causes")
         slow = workers(run)[1]
         with throttled(slow):
-            wait_for(lambda: {"straggler", "slowdown"} <= set(told()), "what a slow rank causes")
+            wait_for(lambda: {"straggler", "slowdown"} <= set(webhook.told()), "what a slow rank causes")
         slow.suspend()
-        wait_for(lambda: "stalled" in told(), "what a stopped rank causes")
+        wait_for(lambda: "stalled" in webhook.told(), "what a stopped rank causes")
         slow.resume()
         before = num_steps(run)
         wait_for(lambda: num_steps(run) > before + 20, "steps after the stop")
         slow.kill()
-        wait_for(lambda: "lost_rank" in told(), "what a killed rank causes")
+        wait_for(lambda: "lost_rank" in webhook.told(), "what a killed rank causes")
         end(process)
         causes = {"checkpoint_age", "low_goodput", "straggler", "slowdown", "stalled", "lost_rank"}
-        assert told() == dict.fromkeys(causes, 1)
+        assert webhook.told() == dict.fromkeys(causes, 1)
     text = "".join(path.read_text(errors="replace") for path in run.rglob("*") if path.is_file())
     assert "lost_rank" in text
     assert "secret-path" not in text + (tmp_path / "run.log").read_text()
 
 
-def test_a_loss_that_is_no_number_is_told_once(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_is_told_once(tmp_path: Path, webhook: Any) -> None:
     words = ("cluster.gpus_per_node=1", "training.num_steps=50", "training.learning_rate=1e30")
     words += ("training.warmup_steps=0", "training.max_grad_norm=0", *CALM)
-    with webhook() as (url, told), training(tmp_path / "run", url, *words) as process:
-        wait_for(lambda: "bad_loss" in told(), "a loss that is no number")
+    with training(tmp_path / "run", *words) as process:
+        wait_for(lambda: "bad_loss" in webhook.told(), "a loss that is no number")
         end(process)
-        assert told() == {"bad_loss": 1}
+        assert webhook.told() == {"bad_loss": 1}
 
 
-def test_memory_that_is_refused_is_told_once(tmp_path: Path) -> None:
+def test_memory_that_is_refused_is_told_once(tmp_path: Path, webhook: Any) -> None:
     run = tmp_path / "run"
-    with webhook() as (url, told), training(run, url, ENDLESS, "cluster.gpus_per_node=1", *CALM) as process:
+    with training(run, ENDLESS, "cluster.gpus_per_node=1", *CALM) as process:
         wait_for(lambda: num_steps(run) > 5, "steps")
         (worker,) = workers(run)
         worker.rlimit(resource.RLIMIT_AS, (worker.memory_info().vms, resource.RLIM_INFINITY))
         worker.rlimit(resource.RLIMIT_DATA, (2**20, resource.RLIM_INFINITY))
-        wait_for(lambda: "out_of_memory" in told(), "memory that is refused")
+        wait_for(lambda: "out_of_memory" in webhook.told(), "memory that is refused")
         end(process)
-        assert told() == {"out_of_memory": 1}
-
-
-@pytest.fixture(autouse=True)
-def _no_address_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MESHWRIGHT_WEBHOOK_URL", raising=False)
+        assert webhook.told() == {"out_of_memory": 1}

@@ -63,6 +63,13 @@ def test_fp32_matches_plain_pytorch(bench: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FP32)
+def test_the_largest_loss_of_a_rank_is_known(bench: Any, name: str) -> None:
+    largest, mean = bench.largest(name), bench.reference()["losses"]
+    assert max(np.divide(largest, mean)) > 1.01
+    np.testing.assert_allclose(bench.trained(name)["largest"], largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FP32)
 def test_resume_is_bit_identical(bench: Any, name: str) -> None:
     unbroken, resumed = bench.trained(name), bench.resumed(name)
     assert resumed["losses"] == unbroken["losses"][SAVE_AFTER:]
@@ -82,3 +89,8 @@ def test_bf16_stays_near_fp32(bench: Any, name: str) -> None:
 def test_another_plan_continues_the_checkpoint(bench: Any, name: str) -> None:
     continued = bench.resumed(name)
     np.testing.assert_allclose(continued["losses"], bench.reference()["losses"][SAVE_AFTER:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_histograms_count_every_number_once(bench: Any, name: str) -> None:
+    bench.check_histograms(name)

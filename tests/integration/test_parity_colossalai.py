@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from strategies import hf
+from strategies.bins import BORDERS
 from strategies.colossalai import CAPABILITIES
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -211,6 +212,16 @@ def test_fp32_matches_plain_pytorch(bench: Bench, name: str) -> None:
     assert_equal(bench.trained(world_of(name))[name], bench.reference("llama"))
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp2-dp2", "pp2-dp2"])
+def test_the_largest_loss_of_a_rank_is_known(
+    bench: Bench, largest_of: Callable[..., list[float]], name: str
+) -> None:
+    reference = bench.reference("llama")
+    largest = largest_of(reference["by_sequence"], as_plan(name))
+    assert max(np.divide(largest, reference["losses"])) > 1.01
+    np.testing.assert_allclose(bench.trained(world_of(name))[name]["largest"], largest, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("family", "name"), FAMILY_PLANS)
 def test_other_families_match_plain_pytorch(bench: Bench, family: str, name: str) -> None:
     assert_equal(bench.family(family)[name], bench.reference(family))
@@ -242,3 +253,15 @@ def test_resume_is_bit_identical(bench: Bench, name: str) -> None:
 
 def test_every_world_is_started() -> None:
     assert {world_of(name) for name in PLANS | BF16_PLANS} == set(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("name", [name for name, plan in PLANS.items() if "tp" not in plan])
+def test_histograms_count_every_number_once(bench: Bench, name: str) -> None:
+    found, plain = bench.trained(world_of(name))[name]["histograms"], bench.reference("llama")["histograms"]
+    weights, gradients = (np.subtract(found[kind], plain[kind]) for kind in ("weights", "gradients"))
+    padding, zeros = weights.sum(), len(BORDERS) // 2  # rows of the vocabulary, where the plugin adds some
+    assert padding in (0, 56 * 32)
+    weights[zeros] -= padding
+    gradients[zeros] -= padding
+    assert not weights.any()
+    assert np.abs(gradients).sum() < 0.01 * sum(plain["weights"])

@@ -52,6 +52,21 @@ def test_fp32_matches_plain_pytorch(bench: Any, name: str) -> None:
     np.testing.assert_allclose(result["evaluated"], reference["evaluated"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["ep2-zero0", "ep2-zero3", "ep2-unnormalized"])
+def test_tokens_are_counted_where_experts_get_them(bench: Any, name: str) -> None:
+    counted = bench.trained(name)["experts"]
+    assert counted == bench.reference(FP32[name]["shape"])["experts"]
+    assert len(counted) == 2
+    assert max(counted["0"]) > 1.1 * np.mean(counted["0"])
+
+
+@pytest.mark.parametrize("name", ["pp2-dp2-zero1", "tp2-dp2-zero3", "ep2-zero1"])
+def test_the_largest_loss_of_a_rank_is_known(bench: Any, name: str) -> None:
+    largest, mean = bench.largest(name), bench.reference(FP32[name]["shape"])["losses"]
+    assert max(np.divide(largest, mean)) > 1.01
+    np.testing.assert_allclose(bench.trained(name)["largest"], largest, rtol=1e-5)
+
+
 def test_balanced_experts_match_accelerate(bench: Any) -> None:
     result, peer = bench.trained("balanced-ep2"), bench.trained("balanced-accelerate")
     np.testing.assert_allclose(result["losses"], peer["losses"], rtol=1e-5)
@@ -78,3 +93,8 @@ def test_bf16_stays_near_fp32(bench: Any, name: str) -> None:
     np.testing.assert_allclose(losses, reference, rtol=1e-2)
     assert losses != reference
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_histograms_count_every_number_once(bench: Any, name: str) -> None:
+    bench.check_histograms(name)

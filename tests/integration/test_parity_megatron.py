@@ -92,6 +92,23 @@ def test_fp32_matches_plain_pytorch(bench: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["moe-one", "moe-ep2", "moe-tp2-whole-experts", "moe-ep2-pp2", "moe-accelerate"]
+)
+def test_tokens_are_counted_where_experts_get_them(bench: Any, name: str) -> None:
+    counted = bench.trained(name)["experts"]
+    assert counted == bench.reference(shape_of(name))["experts"]
+    assert len(counted) == 2
+    assert max(counted["0"]) > 1.1 * np.mean(counted["0"])
+
+
+@pytest.mark.parametrize("name", ["dp2-zero1", "pp2-dp2-zero1", "moe-ep2"])
+def test_the_largest_loss_of_a_rank_is_known(bench: Any, name: str) -> None:
+    largest, mean = bench.largest(name), bench.reference(shape_of(name))["losses"]
+    assert max(np.divide(largest, mean)) > 1.01
+    np.testing.assert_allclose(bench.trained(name)["largest"], largest, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("name", "peer"),
     [
         ("tp2", "dense-accelerate"),
@@ -138,3 +155,8 @@ def test_16_bits_stay_near_32(bench: Any, name: str) -> None:
     np.testing.assert_allclose(losses, reference, rtol=1e-2)
     assert losses != reference
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_histograms_count_every_number_once(bench: Any, name: str) -> None:
+    bench.check_histograms(name, padding=True)

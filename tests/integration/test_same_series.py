@@ -1,4 +1,4 @@
-"""One run, two ranks, a forced restart: four sinks tell the same numbers at the same steps, by their own readers."""
+"""One run, two ranks, a forced restart: five sinks tell the same numbers at the same steps, by their own readers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from launcher.monitor.metrics import METRICS, read
 from launcher.monitor.registry import series, tag_of
 
-NUM_STEPS = 40
+NUM_STEPS, EVERY = 40, 16
 WORDS = (
     *(
         "cluster.gpus_per_node=2",
@@ -33,6 +33,7 @@ WORDS = (
     ),
     *("training.global_batch_size=8", f"training.num_steps={NUM_STEPS}", "checkpoint.interval=8"),
     *("monitor.prometheus=true", "monitor.prometheus_port=0", "monitor.sample_interval=4"),
+    *("monitor.mlflow=true", f"monitor.histograms={EVERY}"),
 )
 Point = tuple[str, int]
 
@@ -63,9 +64,17 @@ def scrape(run: Path) -> dict[str, float] | None:
     return found or None
 
 
-def watch(command: list[str], run: Path, scrapes: list[dict[str, float]], *, kill_after: int | None) -> None:
+def watch(
+    command: list[str],
+    run: Path,
+    scrapes: list[dict[str, float]],
+    *,
+    kill_after: int | None,
+    environment: Mapping[str, str],
+) -> None:
     """Run to the end, or to the death of rank 1 some steps behind a checkpoint; scrape all the while."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env={**os.environ, **environment}, **pipes) as process:
         deadline = time.monotonic() + 300
         while process.poll() is None:
             assert time.monotonic() < deadline, "the run did not end"
@@ -88,12 +97,18 @@ def kill_rank_1(run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+def told(tmp_path_factory: pytest.TempPathFactory, mlflow_environment: dict[str, str]) -> Told:
     run = tmp_path_factory.mktemp("same") / "run"
     scrapes: list[dict[str, float]] = []
     start = [sys.executable, "-m", "launcher"]
-    watch([*start, "train", *WORDS, f"run_dir={run}"], run, scrapes, kill_after=19)
-    watch([*start, "resume", str(run)], run, scrapes, kill_after=None)
+    watch(
+        [*start, "train", *WORDS, f"run_dir={run}"],
+        run,
+        scrapes,
+        kill_after=19,
+        environment=mlflow_environment,
+    )
+    watch([*start, "resume", str(run)], run, scrapes, kill_after=None, environment=mlflow_environment)
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     resumed = [event["step"] for event in events if event["event"] == "resumed"]
     assert resumed, "nothing was restarted"
@@ -135,9 +150,46 @@ def test_wandb_tells_the_same(told: Told, truth: dict[Point, float], wandb_reade
     rows = wandb_reader.history(file)
     assert [row["_step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     found = {
-        (tag, row["_step"]): value for row in rows for tag, value in row.items() if not tag.startswith("_")
+        (tag, row["_step"]): value
+        for row in rows
+        for tag, value in row.items()
+        if not tag.startswith(("_", "weights/", "gradients/"))
     }
     assert found == truth
+
+
+def test_mlflow_tells_the_same(
+    told: Told, truth: dict[Point, float], mlflow_reader: Callable[[Path], list[Any]]
+) -> None:
+    (run,) = mlflow_reader(told.run / "metrics" / "mlflow")
+    found = [((tag, step), value) for tag, step, value in run["points"]]
+    assert len(found) == len(dict(found)), "a step twice"
+    assert dict(found) == truth
+
+
+def test_histograms_are_told_alike_and_count_every_weight(told: Told, wandb_reader: SimpleNamespace) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    records = read(told.run / "metrics" / "metrics.jsonl")
+    kept = {record["step"]: record["histograms"] for record in records if "histograms" in record}
+    assert sorted(kept) == [EVERY, 2 * EVERY]
+    names = set(kept[EVERY])
+    assert {"weights/lm_head.weight", "gradients/model.layers.1.mlp.up_proj.weight"} <= names
+    config = json.loads((told.run / "weights" / "config.json").read_text())
+    head = config["vocab_size"] * config["hidden_size"]
+    assert sum(kept[EVERY]["weights/lm_head.weight"].values()) == head
+
+    events = EventAccumulator(str(told.run / "metrics" / "tensorboard"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert set(events.Tags()["histograms"]) == names
+    (file,) = (told.run / "metrics" / "wandb").glob("offline-run-*/run-*.wandb")
+    rows = {row["_step"]: row for row in wandb_reader.history(file)}
+    for name in names:
+        drawn = [(event.step, list(event.histogram_value.bucket)) for event in events.Histograms(name)]
+        assert drawn == [(step, rows[step][f"{name}/values"]) for step in sorted(kept)]
+        assert [sum(counts) for _, counts in drawn] == [
+            sum(kept[step][name].values()) for step in sorted(kept)
+        ]
 
 
 def test_every_scrape_is_one_step_of_them(told: Told, truth: dict[Point, float]) -> None:
@@ -169,7 +221,7 @@ def test_without_the_packages_a_run_trains_and_says_what_is_off(
 ) -> None:
     missing = tmp_path / "missing"
     missing.mkdir()
-    for name in ("tensorboard", "wandb", "prometheus_client"):
+    for name in ("tensorboard", "wandb", "mlflow", "prometheus_client"):
         (missing / f"{name}.py").write_text(f"raise ModuleNotFoundError('no', name='{name}')\n")
     words = [word.replace(str(NUM_STEPS), "4") for word in WORDS if "gpus_per_node" not in word]
     outcome = shell(
@@ -181,6 +233,7 @@ def test_without_the_packages_a_run_trains_and_says_what_is_off(
     assert [line.split(";")[0] for line in lines] == [
         "warning: TensorBoard is off: the package tensorboard is not installed",
         "warning: W&B is off: the package wandb is not installed",
+        "warning: MLflow is off: the package mlflow is not installed",
         "warning: Prometheus is off: the package prometheus_client is not installed",
     ]
     assert len((tmp_path / "run" / "metrics" / "metrics.jsonl").read_text().splitlines()) == 4

@@ -32,5 +32,11 @@ def test_profiled_steps_are_traced_on_every_rank(tmp_path: Path, shell: Callable
         assert rank["compute"] + rank["exposed communication"] + rank["idle"] == pytest.approx(rank["step"])
         assert 0 < rank["exposed communication"] <= rank["communication"] < rank["step"]
         assert any("all_reduce" in name for name in rank["by operation"])
+    records = [json.loads(line) for line in (run / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    (traced,) = [record for record in records if "communication_s" in record]
+    assert traced["step"] == 7
+    mean = sum(rank["by group"]["unnamed"] for rank in summary["ranks"]) / 2
+    assert traced["communication_s"] == {"unnamed": pytest.approx(mean)}
+    assert 0 < traced["exposed_communication_s"] < traced["step_time_s"]
     assert shell("report", str(run)).code == 0
     assert "from the profiler&#x27;s traces" in (run / "report.html").read_text().replace("'", "&#x27;")

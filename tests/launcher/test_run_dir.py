@@ -43,6 +43,12 @@ def test_events_are_ordered_and_survive_a_torn_line(run: RunDir) -> None:
     assert times == sorted(times)
 
 
+def test_writing_an_event_tells_nobody(run: RunDir, webhook: Any) -> None:
+    run.log_event("failed", cause="lost_rank", message="gone")
+    assert webhook.taken == []
+    assert not (run.metrics / "alerts.jsonl").exists()
+
+
 def test_a_failed_freeze_leaves_nothing(run: RunDir, tmp_path: Path) -> None:
     plan: dict[str, Any] = {"strategy": object()}  # cannot be written as JSON
     with pytest.raises(TypeError):

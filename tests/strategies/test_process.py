@@ -37,6 +37,11 @@ def test_ranks_draw_different_numbers_and_repeat_them() -> None:
 def test_losses_are_averaged_over_micro_batches() -> None:
     assert process.mean_of([torch.tensor(1.0), torch.tensor(4.0)]) == 2.5
     assert process.means_of([torch.tensor(1.0), torch.tensor(4.0)]) == (2.5, 2.5)
+    assert process.own_mean([torch.tensor(1.0), torch.tensor(4.0)]) == 2.5
+
+
+def test_a_rank_without_losses_has_no_mean() -> None:
+    assert process.own_mean([]) is None
 
 
 @pytest.mark.parametrize(("cuda", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])

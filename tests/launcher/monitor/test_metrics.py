@@ -6,55 +6,46 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.errors import RunDirError
-from launcher.monitor.metrics import MetricsFile, StepMetrics, flops_utilisation, read, truncate_after
+from launcher.monitor.metrics import MetricsFile, flops_utilisation, read, truncate_after
 from strategies.model_spec import ModelSpec
 
-METRICS = StepMetrics(
-    step=1,
-    loss=2.5,
-    grad_norm=0.9,
-    learning_rate=3e-4,
-    step_time_s=0.11,
-    tokens_per_s_per_gpu=12_300.0,
-    memory_gib=1.5,
-    consumed_samples=8,
-    time=1_700_000_000.0,
-)
 
-
-def write_steps(path: Path, *, first: int, last: int, loss: float = 2.5) -> None:
+def write_steps(steps: SimpleNamespace, path: Path, *, first: int, last: int, loss: float = 2.5) -> None:
     file = MetricsFile(path)
     for step in range(first, last + 1):
-        file.write(replace(METRICS, step=step, loss=loss))
+        file.write(replace(steps.first, step=step, loss=loss))
     file.close()
 
 
-def test_a_step_is_readable_before_the_file_is_closed(tmp_path: Path) -> None:
+def test_a_step_is_readable_before_the_file_is_closed(tmp_path: Path, steps: SimpleNamespace) -> None:
     path = tmp_path / "metrics" / "metrics.jsonl"
     file = MetricsFile(path)
-    file.write(METRICS)
+    file.write(steps.first)
     assert [record["step"] for record in read(path)] == [1]
     file.close()
 
 
-def test_unmeasured_fields_are_left_out(tmp_path: Path) -> None:
+def test_unmeasured_fields_are_left_out(tmp_path: Path, steps: SimpleNamespace) -> None:
     path = tmp_path / "metrics.jsonl"
-    write_steps(path, first=1, last=1)
+    write_steps(steps, path, first=1, last=1)
     (record,) = read(path)
     assert "mfu" not in record
     assert "validation_loss" not in record
     assert record["skipped"] is False
-    assert replace(METRICS, mfu=0.4).record()["mfu"] == 0.4
+    assert replace(steps.first, mfu=0.4).record()["mfu"] == 0.4
 
 
-def test_a_diverged_loss_stays_strict_json_and_comes_back_as_a_number(tmp_path: Path) -> None:
+def test_a_diverged_loss_stays_strict_json_and_comes_back_as_a_number(
+    tmp_path: Path, steps: SimpleNamespace
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    write_steps(path, first=1, last=1, loss=math.nan)
-    write_steps(path, first=2, last=2, loss=math.inf)
+    write_steps(steps, path, first=1, last=1, loss=math.nan)
+    write_steps(steps, path, first=2, last=2, loss=math.inf)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -66,11 +57,11 @@ def test_a_diverged_loss_stays_strict_json_and_comes_back_as_a_number(tmp_path: 
     assert second["loss"] == math.inf
 
 
-def test_truncation_keeps_earlier_steps_and_returns_them(tmp_path: Path) -> None:
+def test_truncation_keeps_earlier_steps_and_returns_them(tmp_path: Path, steps: SimpleNamespace) -> None:
     path = tmp_path / "metrics.jsonl"
-    write_steps(path, first=1, last=10)
-    assert truncate_after(path, step=7)[-1] == replace(METRICS, step=7)
-    write_steps(path, first=8, last=12, loss=1.0)
+    write_steps(steps, path, first=1, last=10)
+    assert truncate_after(path, step=7)[-1] == replace(steps.first, step=7)
+    write_steps(steps, path, first=8, last=12, loss=1.0)
     records = read(path)
     assert [record["step"] for record in records] == list(range(1, 13))
     assert [record["loss"] for record in records] == [2.5] * 7 + [1.0] * 5
@@ -82,19 +73,23 @@ def test_truncation_of_a_missing_file_is_an_empty_history(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}x', "\x00\x00", '"text"'])
-def test_a_torn_last_line_is_ignored_and_never_glued_to_the_next_step(tmp_path: Path, torn: str) -> None:
+def test_a_torn_last_line_is_ignored_and_never_glued_to_the_next_step(
+    tmp_path: Path, torn: str, steps: SimpleNamespace
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    write_steps(path, first=1, last=2)
+    write_steps(steps, path, first=1, last=2)
     with path.open("a") as file:
         file.write(torn)
     assert [record["step"] for record in read(path)] == [1, 2]
-    write_steps(path, first=3, last=3)
+    write_steps(steps, path, first=3, last=3)
     assert [record["step"] for record in read(path)] == [1, 2, 3]
 
 
-def test_damage_in_the_middle_is_named_and_truncation_repairs_it(tmp_path: Path) -> None:
+def test_damage_in_the_middle_is_named_and_truncation_repairs_it(
+    tmp_path: Path, steps: SimpleNamespace
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    write_steps(path, first=1, last=3)
+    write_steps(steps, path, first=1, last=3)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "garbage", lines[2]]) + "\n")
     with pytest.raises(RunDirError, match="line 2 is damaged"):
@@ -127,12 +122,12 @@ def test_mfu_is_achieved_over_peak_flops() -> None:
     assert flops_utilisation(model, sequence_length=128, tokens_per_s_per_gpu=1e3, peak_tflops=None) is None
 
 
-def test_a_step_late_in_a_run_costs_no_more_than_an_early_one(tmp_path: Path) -> None:
+def test_a_step_late_in_a_run_costs_no_more_than_an_early_one(tmp_path: Path, steps: SimpleNamespace) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     durations = []
     for step in range(1, 2001):
         start = time.perf_counter()
-        file.write(replace(METRICS, step=step))
+        file.write(replace(steps.first, step=step))
         durations.append(time.perf_counter() - start)
     file.close()
     assert median(durations[-500:]) < 5 * median(durations[:500])

@@ -17,7 +17,7 @@ import pytest
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import MetricsFile, StepMetrics
-from launcher.monitor.observe import Observer, Setting, StepTimes, straggler_scores
+from launcher.monitor.observe import Looks, Observer, Setting, StepTimes, straggler_scores
 from strategies.base import StepResult
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
@@ -75,7 +75,7 @@ def make(tmp_path: Path, tiny_model: ModelSpec, training: TrainingSpec) -> Any:
         observer.close()
 
 
-def step(observer: Observer, number: int, **changes: Any) -> StepMetrics:
+def step(observer: Observer, number: int, *, looks: Looks | None = None, **changes: Any) -> StepMetrics:
     result = StepResult(**{"loss": 2.0, "grad_norm": 4.0, "rank_loss": 2.5, **changes})
     return observer.observe(
         result,
@@ -86,6 +86,7 @@ def step(observer: Observer, number: int, **changes: Any) -> StepMetrics:
         consumed_samples=8 * number,
         validation_loss=None,
         goodput=0.5,
+        looks=looks or Looks(),
     )
 
 
@@ -134,9 +135,39 @@ def test_one_slow_pulse_weighs_less_than_many(make: Callable[..., Observer]) -> 
 
 
 def test_what_an_engine_does_not_tell_is_left_out(make: Callable[..., Observer]) -> None:
-    metrics = step(make(peers=Pair(loss=None, pulse=None)), 2)
+    metrics = step(make(peers=Pair(loss=None, pulse=None)), 2, rank_loss=None)
     assert metrics.loss_max is None
     assert metrics.straggler_score is None
+
+
+def test_experts_are_compared_over_ranks_and_layers(make: Callable[..., Observer]) -> None:
+    # Two stages: the first layer evenly on both ranks together, the second one half on one expert, a third elsewhere.
+    peers = Pair(experts={0: [0, 4], 1: [1, 1], 7: [5, 3]})
+    metrics = step(make(peers=peers), 2, looks=Looks(expert_tokens={0: [4, 0], 1: [5, 1]}))
+    assert metrics.expert_imbalance == 1.5
+    assert metrics.expert_imbalance_mean == pytest.approx((1.0 + 1.5 + 1.25) / 3)
+    assert step(make(peers=Pair()), 2).expert_imbalance is None
+    assert step(make(peers=Pair()), 2, looks=Looks(expert_tokens={0: [0, 0]})).expert_imbalance is None
+
+
+def test_histograms_of_ranks_are_added_at_the_steps_that_ask(make: Callable[..., Observer]) -> None:
+    observer = make(histograms=4)
+    assert [observer.wants_histograms(number) for number in (1, 4, 6, 8)] == [False, True, False, True]
+    assert not make().wants_histograms(4)
+    both = step(observer, 4, looks=Looks(histograms={"weights/a": {1: 2, 3: 1}})).histograms
+    assert both == {"weights/a": {"1": 4, "3": 2}}
+    assert step(observer, 5).histograms is None
+
+
+def test_the_first_step_of_a_start_is_asked_for(make: Callable[..., Observer]) -> None:
+    observer = make()
+    assert observer.is_due(7)
+    step(observer, 7)
+    assert [observer.is_due(number) for number in (8, 9, 10)] == [True, False, True]
+
+
+def test_stages_without_a_loss_leave_it_to_the_last(make: Callable[..., Observer]) -> None:
+    assert step(make(peers=Pair(loss=None)), 2).loss_max == 2.5
 
 
 def test_only_sampled_steps_ask_the_others(make: Callable[..., Observer]) -> None:

@@ -9,12 +9,13 @@ from launcher.monitor.metrics import METRICS, StepMetrics
 from launcher.monitor.registry import Metric, series, tag_of
 
 
-def test_every_number_of_a_step_is_a_metric_or_says_which_step_it_is() -> None:
+def test_every_number_of_a_step_is_a_metric_or_says_what_step_it_is() -> None:
     assert {f.name for f in fields(StepMetrics)} - {item.name for item in METRICS} == {
         "step",
         "time",
         "consumed_samples",
         "skipped",
+        "histograms",
     }
 
 
@@ -24,7 +25,7 @@ def test_names_are_unique_and_described() -> None:
         assert re.fullmatch(r"meshwright_[a-z0-9_]+", item.exposed)
         assert re.fullmatch(r"[a-z]+/[a-z0-9_]+", item.tag)
         assert len(item.text) > 10 or item.text in ("Learning rate", "Power drawn"), item.name
-        assert item.label in (None, "rank", "node", "gpu", "cause")
+        assert item.label in (None, "rank", "group", "node", "gpu", "cause")
 
 
 def test_units_end_the_exposed_name() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import scalars
 from launcher.monitor.tensorboard_writer import TensorBoardWriter
+from strategies.bins import BORDERS
 
 ONLY_TENSORBOARD = MonitorConfig(wandb=False)
 
@@ -36,6 +37,21 @@ def test_tensorboard_shows_every_scalar_once(tmp_path: Path, steps: SimpleNamesp
         always = tag not in ("perf/mfu", "validation/loss") and "straggler" not in tag
         assert [step for step, _ in steps.tensorboard_points(tmp_path, tag)] == ([1, 2] if always else [1])
     assert steps.tensorboard_points(tmp_path, "validation/loss") == [(1, 2.75)]
+
+
+def test_tensorboard_draws_histograms(tmp_path: Path, steps: SimpleNamespace) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = TensorBoardWriter(tmp_path, history=[], settings={}, plan={})
+    writer.write(steps.at(1, histograms={"gradients/a": {"70": 3, "72": 1}}))
+    writer.write(steps.at(2))
+    writer.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    (told,) = events.Histograms("gradients/a")
+    assert (told.step, told.histogram_value.num) == (1, 4)
+    assert list(told.histogram_value.bucket) == [3, 0, 1]
+    assert list(told.histogram_value.bucket_limit) == list(BORDERS[70:73])
 
 
 def test_tensorboard_points_are_on_disk_at_once(tmp_path: Path, steps: SimpleNamespace) -> None:

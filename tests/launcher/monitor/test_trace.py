@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.monitor.trace import STEP, summarise
+from launcher.monitor.trace import STEP, figures, summarise
 
 
 def event(name: str, start: float, end: float, cat: str = "cpu_op", **args: Any) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def test_a_step_on_a_cpu() -> None:
         ]
     )
     assert found.pop("by operation") == {"gloo:all_reduce": pytest.approx(4.0)}
+    assert found.pop("by group") == {"unnamed": pytest.approx(4.0)}
     assert found == {
         "step": pytest.approx(10.0),
         "compute": pytest.approx(5.5),
@@ -58,8 +59,19 @@ def test_steps_on_a_gpu_count_kernels_and_name_groups() -> None:
     assert found["exposed communication"] == pytest.approx(1.25)
     assert found["idle"] == pytest.approx(2.5)
     assert found["by operation"] == {"dp: allreduce": pytest.approx(2.0)}
+    assert found["by group"] == {"dp": pytest.approx(2.0)}
     parts = found["compute"] + found["exposed communication"] + found["idle"]
     assert parts == pytest.approx(found["step"])
+
+
+def test_ranks_become_metrics_of_a_step() -> None:
+    parts = {"exposed communication": 1.0, "idle": 0.5, "by group": {"dp": 2.0, "ep": 1.0}}
+    other = {"exposed communication": 3.0, "idle": 1.5, "by group": {"dp": 4.0}}
+    assert figures([parts, other]) == {
+        "communication_s": {"dp": 3.0, "ep": 1.0},
+        "exposed_communication_s": 2.0,
+        "idle_s": 1.0,
+    }
 
 
 def test_a_trace_without_steps_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections import Counter
@@ -11,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.monitor import wandb_writer
+from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.wandb_writer import wandb_mode
 from launcher.monitor.writers import open_writers
+from strategies.bins import BORDERS
 
 ONLY_WANDB = MonitorConfig(tensorboard=False)
 
@@ -50,6 +53,18 @@ def test_wandb_holds_every_step_once_over_resumes(
         (11, 1.0),
     ]
     assert len(rows) == 11
+
+
+def test_wandb_draws_histograms(
+    tmp_path: Path, wandb_service: None, wandb_reader: SimpleNamespace, steps: SimpleNamespace
+) -> None:
+    writers = open_writers(ONLY_WANDB, about=steps.about(tmp_path / "run"), history=[])
+    writers.write(steps.at(1, histograms={"gradients/a": {"70": 3, "72": 1}}))
+    writers.close()
+    (row,) = wandb_reader.history(wandb_file(tmp_path / "run"))
+    assert row["gradients/a/_type"] == "histogram"
+    assert row["gradients/a/values"] == [3, 0, 1]
+    assert row["gradients/a/bins"] == list(BORDERS[69:73])
 
 
 def test_wandb_leaves_the_report_of_a_crash_to_the_worker(
@@ -151,6 +166,12 @@ def test_plan_and_checkpoints_are_named_and_not_sent(
     manifest.parent.mkdir(parents=True)
     manifest.write_text('{"step": 2}')
     (run_dir / "plan.json").write_text("{}")
+    events = [
+        {"event": "checkpoint", "step": 1},
+        {"event": "resumed", "checkpoint": "step_0000000001"},
+        {"event": "checkpoint", "step": 2},
+    ]
+    (run_dir / "events.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
     config = MonitorConfig(tensorboard=False, wandb_group="learning rates")
     steps.start(run_dir, config=config, resume_at=0, steps=range(1, 3), loss=3.0)
     records = list(wandb_reader.records(wandb_file(run_dir)))
@@ -163,6 +184,10 @@ def test_plan_and_checkpoints_are_named_and_not_sent(
     assert entries == [
         ("plan.json", (run_dir / "plan.json").as_uri()),
         ("checkpoints/step_0000000002/manifest.json", manifest.as_uri()),
+    ]
+    assert json.loads(artifacts[1].metadata)["lineage"] == [
+        {"step": 1, "from": None},
+        {"step": 2, "from": "step_0000000001"},
     ]
 
 
@@ -177,3 +202,16 @@ def test_an_alert_reaches_wandb(
         r.alert for r in wandb_reader.records(wandb_file(run_dir)) if r.WhichOneof("record_type") == "alert"
     ]
     assert [(alert.title, alert.text) for alert in alerts] == [("stalled", "no step for 9 s")]
+
+
+def test_alerts_of_earlier_starts_and_of_their_ends_are_there(
+    tmp_path: Path, wandb_service: None, wandb_reader: SimpleNamespace, steps: SimpleNamespace
+) -> None:
+    run_dir = tmp_path / "run"
+    steps.start(run_dir, config=ONLY_WANDB, resume_at=0, steps=range(1, 3), loss=3.0)
+    outbox = Outbox(run_dir / "metrics", repeat_s=60)
+    outbox.tell("lost_rank", "rank 1 was killed", step=2)  # by the launcher, when the workers were gone
+    steps.start(run_dir, config=ONLY_WANDB, resume_at=2, steps=range(3, 4), loss=3.0)
+    records = wandb_reader.records(wandb_file(run_dir))
+    alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    assert [(alert.title, alert.text) for alert in alerts] == [("lost_rank", "rank 1 was killed")]

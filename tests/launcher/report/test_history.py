@@ -36,7 +36,7 @@ KILLED = [
 
 
 def test_a_killed_run_by_hand() -> None:
-    spans = spans_of(KILLED, last=169.0)
+    spans = spans_of(KILLED)
     assert [(span.kind, span.start_s, span.end_s) for span in spans] == [
         (STARTING, 0, 10),
         (STEPS, 10, 30),
@@ -51,17 +51,44 @@ def test_a_killed_run_by_hand() -> None:
 
 
 def test_a_run_that_goes_on_ends_where_it_was_last_heard_of() -> None:
-    assert spans_of(KILLED[:4], last=150.0)[-1].end_s == 50
-    assert spans_of(KILLED[:4], last=None)[-1].end_s == 32
+    assert spans_of(KILLED[:4], [{"time": 150.0}])[-1].end_s == 50
+    assert spans_of(KILLED[:4])[-1].end_s == 32
 
 
 def test_a_restart_without_a_launch_of_its_own_counts_as_down() -> None:
-    spans = spans_of([*KILLED[1:5], event(150, "started"), event(160, "finished")], last=None)
+    spans = spans_of([*KILLED[1:5], event(150, "started"), event(160, "finished")])
     assert [(span.kind, span.seconds) for span in spans[-2:]] == [(DOWN, 10), (STEPS, 10)]
 
 
+def test_workers_that_nobody_launched_say_when_they_began() -> None:
+    """As Slurm and bare torchrun start them; the end of the first start was seen by nobody."""
+    events = [
+        event(50, "created"),
+        event(110, "started", begun=100.0),
+        event(130, "checkpoint", step=10, stall_s=1.0),
+        event(170, "lost", steps=5, seconds=8.0, until=141.0),
+        event(171, "started", begun=160.0),
+        event(190, "finished"),
+    ]
+    told = [(span.kind, span.start_s, span.end_s) for span in spans_of(events, [{"time": 141.0}])]
+    assert told == [
+        (STARTING, 0, 10),
+        (STEPS, 10, 29),
+        (SAVING, 29, 30),
+        (LOST, 30, 41),
+        (DOWN, 41, 60),
+        (STARTING, 60, 71),
+        (STEPS, 71, 90),
+    ]
+
+
+def test_an_export_is_no_part_of_a_run() -> None:
+    exported = [event(200, "exporting"), event(220, "exported")]
+    assert spans_of([*KILLED, *exported]) == spans_of(KILLED)
+
+
 def test_nothing_happened_yet() -> None:
-    assert spans_of([event(1, "created")], last=None) == ()
+    assert spans_of([event(1, "created")]) == ()
     assert history_chart([("a", ())]) == ""
 
 
@@ -69,7 +96,7 @@ def test_nothing_happened_yet() -> None:
 def test_the_chart_has_a_lane_a_run_and_stays_small(count: int) -> None:
     many = [event(0, "launched"), event(1, "started")]
     many += [event(2 + i, "checkpoint", step=i, stall_s=0.3) for i in range(count)]
-    html = history_chart([("one", spans_of(KILLED, last=None)), ("two", spans_of(many, last=None))])
+    html = history_chart([("one", spans_of(KILLED)), ("two", spans_of(many))])
     assert "one" in html
     assert "two" in html
     assert "rank 1 was killed" in html

@@ -45,6 +45,30 @@ def test_a_killed_worker_is_started_again(
     assert "starting again from the beginning (restart 2 of 100)" in err
 
 
+def test_a_cause_is_told_once_over_all_starts(frozen: Frozen, worker: Stand, webhook: Any) -> None:
+    run = frozen()
+    worker(f"{STEP.format('start')}if start < 3: {DIE}")
+    assert run_workers(run, quiet_stdout=True) == 0
+    worker(f"{STEP.format('start + 10')}" + fail("BadLossError('nan')"))
+    with pytest.raises(errors.BadLossError):
+        run_workers(run, quiet_stdout=True)
+    assert [event["cause"] for event in events(run, "failed")] == ["lost_rank", "lost_rank", "bad_loss"]
+    assert [record["cause"] for record in webhook.taken] == ["lost_rank", "bad_loss"]
+    assert "was killed by SIGKILL" in webhook.taken[0]["text"]
+
+
+def test_an_alert_that_nobody_takes_hides_no_failure(
+    frozen: Frozen, worker: Stand, webhook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = frozen()
+    monkeypatch.setenv("MESHWRIGHT_WEBHOOK_URL", "secret")
+    worker(STEP.format(1) + fail("BadLossError('nan')"))
+    with pytest.raises(errors.BadLossError):
+        run_workers(run, quiet_stdout=True)
+    assert len(events(run, "failed")) == 1
+    assert webhook.taken == []
+
+
 def test_it_ends_where_three_starts_made_no_step(frozen: Frozen, worker: Stand) -> None:
     run = frozen()
     worker(f"{STEP.format(4)}{DIE}")

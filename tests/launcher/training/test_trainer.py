@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,19 @@ def test_no_sequences_mean_no_evaluation(make: Callable[..., Trainer]) -> None:
     sink = trainer.sinks[0]
     assert isinstance(sink, Kept)
     assert len(sink.steps) == 10 and all(m.validation_loss is None for m in sink.steps)
+
+
+def test_only_sampled_steps_count_what_experts_get(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeStrategy, "counting_experts", lambda self: nullcontext({0: [3, 1]}))
+    trainer = make(monitor=MonitorConfig(sample_interval=4))
+    trainer.train()
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    told = {metrics.step: metrics.expert_imbalance for metrics in sink.steps}
+    assert {step for step, value in told.items() if value == 1.5} == {1, 4, 8}
+    assert set(told.values()) == {1.5, None}
 
 
 def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) -> None:

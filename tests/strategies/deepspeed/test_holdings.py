@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +65,20 @@ def test_without_zero_parameters_are_their_own_groups() -> None:
     assert torch.equal(view, engine.module.weight.detach())
     view.fill_(7)
     assert torch.equal(engine.module.weight.detach(), torch.full((2, 3), 7.0))
+
+
+def test_what_the_optimizer_moves_is_named_and_copies_are_not() -> None:
+    engine, cut = plain_engine(), split_engine()
+    whole = WholeHoldings(engine, placements(engine.module))
+    weight, bias = engine.module.weight, engine.module.bias
+    assert whole.parts(first=True) == {id(weight): {"weight": (0, 6)}, id(bias): {"bias": (0, 2)}}
+    assert whole.parts(first=False) == {}
+    assert whole.optimizers() == [engine.optimizer]
+    split = SplitHoldings(cut, placements(cut.module))
+    (flat,) = cut.optimizer.optimizer.param_groups[0]["params"]
+    assert split.parts(first=False) == {id(flat): {"weight": (0, 2), "bias": (2, 2)}}
+    copied = {name: replace(place, is_copy=name == "bias") for name, place in placements(cut.module).items()}
+    assert SplitHoldings(cut, copied).parts(first=True) == {id(flat): {"weight": (0, 2)}}
 
 
 def test_a_cut_tensor_is_named_block_by_block() -> None:
