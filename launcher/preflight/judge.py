@@ -260,7 +260,9 @@ def _inside(bench: _Bench, node: int) -> Check:
     ranks = bench.gathered.of_node(node)
     reached = [rank.inside_gb_per_s for rank in ranks if rank.inside_gb_per_s is not None]
     if not reached:
-        return Check(name="inside", mark="not applicable", sentence="one rank alone has nobody to send to")
+        alone = bench.cluster.gpus_per_node == 1
+        why = "one rank alone has nobody to send to" if alone else "not all of its ranks could measure"
+        return Check(name="inside", mark="not applicable", sentence=why)
     everybody = [rank.inside_gb_per_s for rank in bench.gathered.ranks if rank.inside_gb_per_s]
     link = bench.cluster.link_for(bench.cluster.gpus_per_node)
     told = f"an all-reduce on the node moves {min(reached):.3g} GB/s"
