@@ -255,7 +255,7 @@ def main(arguments: Sequence[str]) -> None:
     print(json.dumps(figures, indent=2))
     if options.record:
         done = record.create("two_hosts", arguments=arguments, figures=figures)
-        print(f"recorded {record.write(done, name='two-hosts').name}")
+        print(f"recorded {record.write(done, name='two_hosts').name}")
 
 
 def _measured(rate: str, folder: Path, *, seconds: float) -> dict[str, Any]:

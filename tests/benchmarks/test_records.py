@@ -110,3 +110,10 @@ def test_step_time_leaves_out_warm_up_and_the_last_step(tmp_path: Path) -> None:
     log.write_text("".join(json.dumps({"time": end}) + "\n" for end in ends), encoding="utf-8")
     assert median_step_s(log, warmup=1) == 1.0
     assert median_step_s(log, warmup=3) == 2.0
+
+
+def test_two_hosts_kept_their_bars() -> None:
+    for figures in kept_of("two_hosts"):
+        assert all(0.8 <= link["ratio"] <= 1.2 for link in figures["links"])
+        assert [fault["cause"] for fault in figures["faults"]] == ["lost_node", "hang", "lost_node"]
+        assert figures["losses_bit_identical"]

@@ -19,4 +19,4 @@ def test_lost_hosts_are_told_with_the_ranks_that_beat_there(
     first, second = (event for event in run.events() if event["event"] == "failed")
     assert (first["cause"], first["host"], first["rank"], first["exit_code"]) == ("lost_node", "node3", 1, 12)
     assert (second["host"], second["rank"]) == ("node4", None)
-    assert "host node3 (ranks 1 to 1) is lost: Slurm calls it down" in capsys.readouterr().err
+    assert "host node3 (rank 1) is lost: Slurm calls it down" in capsys.readouterr().err
