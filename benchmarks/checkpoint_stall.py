@@ -36,7 +36,9 @@ SMALLEST_GIB = 1.0
 ENGINES = {
     "ddp": ("strategy=accelerate", "plan.zero_stage=0"),
     "fsdp2": ("strategy=accelerate", "plan.zero_stage=3"),
+    "deepspeed": ("strategy=deepspeed", "plan.zero_stage=2"),
     "megatron": ("strategy=megatron", "plan.tp=1", "plan.pp=1", "plan.zero_stage=0"),
+    "megatron-zero": ("strategy=megatron", "plan.tp=1", "plan.pp=1", "plan.zero_stage=1"),
     "megatron-tp": ("strategy=megatron", "plan.tp=2"),
 }
 # 94 million parameters: 1.05 GiB of fp32 weights and moments. Steps are short, so that a save is met by many.

@@ -31,15 +31,30 @@ class HostCopy:
                 use_non_blocking_copy=on_device,
             )
         )
-        # Collectives of two threads on one group would meet each other.
         self.group: dist.ProcessGroup | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT)
+            [self.group] = groups_like([dist.group.WORLD])
 
     def take(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return `state` with every tensor's bytes copied; what was returned before is overwritten."""
         copied: dict[str, Any] = self._stager.stage(state)
         return copied
+
+
+def groups_like(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
+    """Return a group in host memory for each of `groups`, of its ranks; all ranks call this with those they are in.
+
+    They are for threads: collectives of two threads on one group would meet each other. Not by local synchronization,
+    which names a group by how many of its ranks this rank has seen.
+    """
+    import torch.distributed as dist
+
+    mine = [tuple(dist.get_process_group_ranks(group)) for group in groups]
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    named = sorted({ranks for theirs in everybody for ranks in theirs})
+    made = {ranks: dist.new_group(ranks, backend="gloo", timeout=WRITE_TIMEOUT) for ranks in named}
+    return [made[ranks] for ranks in mine]
 
 
 def num_bytes(state: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from strategies.base import MicroBatch
     from strategies.bins import Histograms
+    from strategies.deepspeed.checkpoints import Snapshots
     from strategies.inspection import Inspection
 
 
@@ -39,6 +40,7 @@ class DeepSpeedStrategy(Strategy):
     """One process a GPU, placed by plan.rank_order."""
 
     capabilities = CAPABILITIES
+    _snapshots: Snapshots | None = None
 
     create_weights = staticmethod(hf.create_weights)
 
@@ -166,6 +168,19 @@ class DeepSpeedStrategy(Strategy):
 
         checkpoints.save(self._holdings(), directory)
 
+    def snapshot_bytes(self) -> int:
+        """Of what this rank writes; 0 where some of it is offloaded to a disk."""
+        from strategies.deepspeed import checkpoints
+
+        return checkpoints.num_bytes(self._holdings())
+
+    def snapshot(self, directory: Path) -> Callable[[], None]:
+        """Copy what `save` would write."""
+        from strategies.deepspeed import checkpoints
+
+        self._snapshots = self._snapshots or checkpoints.Snapshots()
+        return self._snapshots.take(self._holdings(), directory)
+
     def load(self, directory: Path) -> None:
         """Restore them; degrees, ZeRO stage and offloading may differ from those that wrote them."""
         from strategies.deepspeed import checkpoints
@@ -184,6 +199,7 @@ class DeepSpeedStrategy(Strategy):
         if self._swap_folder:
             disk.remove_folder(self._swap_folder)
         self._part.close()
+        self._snapshots = None
         del self._engine, self._part
 
     @classmethod

@@ -9,8 +9,9 @@ It imports torch; import it late.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from strategies import staging
 from strategies.deepspeed.holdings import KINDS, Holdings, Piece, Reader
+from strategies.staging import HostCopy
 
 _STEP = "step"
 _BUFFER = "buffer."
@@ -48,6 +51,53 @@ def save(holdings: Holdings, directory: Path) -> None:
     state = {_STEP: torch.tensor(holdings.step_count()), **_buffers(holdings)}
     with Reader(holdings) as reader:
         checkpoint.save(state, checkpoint_id=directory, planner=_Saving(_blocks(holdings), reader))
+
+
+class Snapshots:
+    """Copies for saves beside the training, one at a time."""
+
+    def __init__(self) -> None:
+        self._copy = HostCopy()
+
+    def take(self, holdings: Holdings, directory: Path) -> Callable[[], None]:
+        """Copy what this rank writes; return what writes it, in no group of training's."""
+        copied = self._copy.take({"flats": _written(holdings), "buffers": _buffers(holdings)})
+        state = {_STEP: torch.tensor(holdings.step_count()), **copied["buffers"]}
+        planner = _Saving(_blocks(holdings), _Copies(copied["flats"]))
+        return partial(
+            checkpoint.save,
+            state,
+            checkpoint_id=directory,
+            planner=planner,
+            process_group=self._copy.group,
+        )
+
+
+def num_bytes(holdings: Holdings) -> int:
+    """Bytes of a snapshot on this rank; 0 where some of the state lies on a disk and is read piece by piece."""
+    if len(holdings.batches()) > 1:
+        return 0
+    return staging.num_bytes(_written(holdings)) + staging.num_bytes(_buffers(holdings))
+
+
+def _written(holdings: Holdings) -> dict[str, torch.Tensor]:
+    """Return the flat tensors in which this rank has something to write."""
+    groups = dict.fromkeys(piece.group for piece in holdings.pieces() if not piece.placement.is_copy)
+    return {_flat(kind, group): holdings.flat(kind, group) for group in groups for kind in KINDS}
+
+
+def _flat(kind: str, group: int) -> str:
+    return f"{kind}.{group}"
+
+
+class _Copies:
+    """Reads blocks of copied flat tensors."""
+
+    def __init__(self, flats: Mapping[str, torch.Tensor]) -> None:
+        self._flats = flats
+
+    def read(self, kind: str, piece: Piece) -> torch.Tensor:
+        return piece.of(self._flats[_flat(kind, piece.group)])
 
 
 def load(holdings: Holdings, directory: Path) -> None:
@@ -87,7 +137,7 @@ def _blocks(holdings: Holdings, groups: Collection[int] | None = None) -> _Block
 class _Saving(DefaultSavePlanner):  # type: ignore[misc]
     """Adds blocks to a state of whole tensors."""
 
-    def __init__(self, blocks: _Blocks, reader: Reader) -> None:
+    def __init__(self, blocks: _Blocks, reader: Reader | _Copies) -> None:
         super().__init__(flatten_state_dict=False)
         self._blocks, self._reader = blocks, reader
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from strategies.base import MicroBatch
     from strategies.bins import Histograms
     from strategies.inspection import Inspection
-    from strategies.megatron.checkpoints import Snapshots
+    from strategies.megatron.snapshots import Snapshots
 
 
 class MegatronStrategy(Strategy):
@@ -57,7 +57,7 @@ class MegatronStrategy(Strategy):
     def _build(self, settings: Settings, model: ModelSpec, weights: Path) -> None:
         from megatron.core import parallel_state
 
-        from strategies.megatron import network
+        from strategies.megatron import checkpoints, network
         from strategies.megatron.weights import load
 
         self.dp_rank = parallel_state.get_data_parallel_rank()
@@ -66,6 +66,7 @@ class MegatronStrategy(Strategy):
         chunks = network.build_chunks(settings, config, vocab_size=model.vocab_size)
         load(chunks, model=model, weights=weights)
         self._chunks, self._optimizer = network.wrap(settings, config, chunks)
+        checkpoints.open_groups(self._optimizer)
 
     def train_step(self, batches: Sequence[MicroBatch], *, learning_rate: float) -> StepResult:
         """Run the pipeline schedule over the micro-batches, reduce, clip, step."""
@@ -119,16 +120,16 @@ class MegatronStrategy(Strategy):
         checkpoints.save(self._chunks, self._optimizer, directory)
 
     def snapshot_bytes(self) -> int:
-        """Of what this rank writes."""
-        from strategies.megatron import checkpoints
+        """Copies of what this rank holds, and what meets here before it is written."""
+        from strategies.megatron import snapshots
 
-        return checkpoints.num_bytes(self._chunks, self._optimizer)
+        return snapshots.num_bytes(self._chunks, self._optimizer)
 
     def snapshot(self, directory: Path) -> Callable[[], None]:
-        """Copy what `save` would write, gathered and planned."""
-        from strategies.megatron import checkpoints
+        """Copy what this rank holds of what `save` would write."""
+        from strategies.megatron import snapshots
 
-        self._snapshots = self._snapshots or checkpoints.Snapshots()
+        self._snapshots = self._snapshots or snapshots.Snapshots(self._optimizer)
         return self._snapshots.take(self._chunks, self._optimizer, directory)
 
     def load(self, directory: Path) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +51,7 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
     if case["load"]:
         strategy.load(Path(case["load"]))
     losses, norms, own = [], [], []
+    write: Callable[[], None] | None = None
     for step in range(case["first"], case["last"]):
         rate = training.learning_rate_at(step)
         share = own_share(data[step], plan, strategy.dp_rank)
@@ -60,8 +63,13 @@ def run(case: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         losses.append(result.loss)
         norms.append(result.grad_norm)
         own.append(result.rank_loss)
-        if step + 1 == case["save_after"]:
-            save(strategy, Path(case["save"]))
+        finish(write)  # a step later: what it writes is of the step it was taken after
+        write = None
+        if case["save_after"] is not None and 0 <= case["save_after"] - (step + 1) <= 1:
+            # The first snapshot of a start may go another way than those that follow.
+            last = step + 1 == case["save_after"]
+            write = begin_save(strategy, Path(case["save"]) if last else Path(f"{case['save']}-before"))
+    finish(write)
     evaluated = strategy.evaluate(own_share(data[case["last"]], plan, strategy.dp_rank))
     strategy.teardown()
     told = {"largest": largest(own), "experts": over_ranks(counted), "histograms": summed(taken)}
@@ -106,11 +114,24 @@ def sabotaged(words: dict[str, Any]) -> AbstractContextManager[Any]:
     return mock.patch.object(adapter, "to_settings", translate)
 
 
-def save(strategy: Strategy, directory: Path) -> None:
+def begin_save(strategy: Strategy, directory: Path) -> Callable[[], None]:
+    """Save, or take a snapshot where the engine does; return what writes it, in a thread as the launcher would."""
     directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    strategy.save(directory)
-    dist.barrier()
+    copies: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(copies, strategy.snapshot_bytes() > 0)
+    if not any(copies):  # some ranks may have nothing to copy
+        strategy.save(directory)
+        return dist.barrier
+    thread = ThreadPoolExecutor(max_workers=1)
+    writing = strategy.snapshot(directory)
+    return lambda: thread.submit(writing).result()
+
+
+def finish(write: Callable[[], None] | None) -> None:
+    if write is not None:
+        write()
+        dist.barrier()
 
 
 def own_share(batch: np.ndarray, plan: Plan, dp_rank: int) -> list[np.ndarray]:

@@ -50,6 +50,26 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert fresh.buffers()["bias_of_routes"].tolist() == [3.0, 3.0]
 
 
+def test_every_snapshot_holds_its_own_moment(tmp_path: Path) -> None:
+    snapshots, trained, fresh = checkpoints.Snapshots(), holdings(steps=1), holdings()
+    assert (
+        checkpoints.num_bytes(trained) == 3 * 4 * 6 + 4 * 2
+    )  # three flat tensors of six elements, and the buffer
+    kept = []
+    for number in range(2):
+        write = snapshots.take(trained, tmp_path / str(number))
+        kept.append(trained.flat("weight", 0).clone())
+        with torch.no_grad():
+            trained.flat("weight", 0).add_(1)
+            trained.buffers()["bias_of_routes"].add_(1)
+        write()
+    for number in (1, 0):
+        checkpoints.load(fresh, tmp_path / str(number))
+        assert torch.equal(fresh.flat("weight", 0), kept[number])
+        assert fresh.buffers()["bias_of_routes"].tolist() == [1.0 + number] * 2
+    assert not torch.equal(*kept)
+
+
 def test_a_part_is_read_out_of_the_whole(tmp_path: Path) -> None:
     trained, part = holdings(rows=4, whole=4, steps=2), holdings(rows=2, shift=1, whole=4)
     checkpoints.save(trained, tmp_path)

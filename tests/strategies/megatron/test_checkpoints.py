@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,61 +56,3 @@ def test_a_save_leaves_no_process_behind(tiny: Tiny, tiny_weights: Path, tmp_pat
     strategy.save(tmp_path)
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
     strategy.teardown()
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_a_snapshot_is_of_the_moment_it_was_taken(
-    tiny: Tiny, tiny_weights: Path, tmp_path: Path, zero_stage: int
-) -> None:
-    plan = replace(PLAN, zero_stage=zero_stage)
-    strategy = MegatronStrategy()
-    strategy.setup(plan, *tiny, tiny_weights)
-    strategy.train_step(batches(), learning_rate=1e-2)
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    write = strategy.snapshot(tmp_path)
-    assert strategy.snapshot_bytes() > 0
-    unbroken = [strategy.train_step(batches(), learning_rate=1e-2).loss for _ in range(2)]
-    thread = threading.Thread(target=write)
-    thread.start()
-    thread.join()
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-    strategy.teardown()
-    resumed = MegatronStrategy()
-    resumed.setup(plan, *tiny, tiny_weights)
-    resumed.load(tmp_path)
-    assert [resumed.train_step(batches(), learning_rate=1e-2).loss for _ in range(2)] == unbroken
-    resumed.teardown()
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_file_that_cannot_be_written_is_raised_by_the_write(
-    tiny: Tiny, tiny_weights: Path, tmp_path: Path
-) -> None:
-    strategy = MegatronStrategy()
-    strategy.setup(PLAN, *tiny, tiny_weights)
-    (tmp_path / "gone").mkdir()
-    write = strategy.snapshot(tmp_path / "gone")
-    (tmp_path / "gone" / "common.pt").unlink()
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(FileNotFoundError):
-        write()
-    strategy.teardown()
-
-
-@pytest.mark.usefixtures("alone")
-def test_every_snapshot_holds_its_own_moment(tiny: Tiny, tiny_weights: Path, tmp_path: Path) -> None:
-    strategy = MegatronStrategy()
-    strategy.setup(PLAN, *tiny, tiny_weights)
-    losses = [strategy.train_step(batches(), learning_rate=1e-2).loss]
-    for number in range(1, 4):
-        (tmp_path / str(number)).mkdir()
-        strategy.snapshot(tmp_path / str(number))()
-        losses.append(strategy.train_step(batches(), learning_rate=1e-2).loss)
-    strategy.teardown()
-    resumed = MegatronStrategy()
-    resumed.setup(PLAN, *tiny, tiny_weights)
-    for number in (3, 2, 1):
-        resumed.load(tmp_path / str(number))
-        assert resumed.train_step(batches(), learning_rate=1e-2).loss == losses[number]
-    resumed.teardown()
