@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from strategies import staging
+from strategies.megatron import writing
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -28,18 +29,15 @@ _METADATA = {
 
 def save(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, directory: Path) -> None:
     """Write this rank's part into `directory`."""
-    from megatron.core import dist_checkpointing
+    import torch.distributed as dist
 
-    keep_results_here()
     with gathered(chunks):
-        dist_checkpointing.save(whole_state(chunks, optimizer), str(directory))
+        state = whole_state(chunks, optimizer)
+        writing.begin(state, directory, group=dist.group.WORLD, validate=True, still=_on_host)()
 
 
-def keep_results_here() -> None:
-    """Replace upstream's queue, a server process that a rank that is killed would leave behind."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = Queue()
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.cpu() for tensor in tensors]
 
 
 def load(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, directory: Path) -> None:

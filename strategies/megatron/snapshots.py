@@ -7,16 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from strategies import staging
-from strategies.megatron import checkpoints
+from strategies.megatron import checkpoints, writing
 from strategies.staging import HostCopy
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -40,12 +38,13 @@ class Snapshots:
         self, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer, directory: Path
     ) -> Callable[[], None]:
         """Copy what this rank holds; return what gathers, plans and writes it, in none of training's groups."""
-        checkpoints.keep_results_here()
         with checkpoints.gathered(chunks):
             if self._groups and self._validated:
                 return self._take_shards(chunks, optimizer, directory)
             state = checkpoints.whole_state(chunks, optimizer)
-            write = self._begin(state, directory, validate=not self._validated, still=self._still)
+            write = writing.begin(
+                state, directory, group=self._copy.group, validate=not self._validated, still=self._still
+            )
         self._validated = True
         return write
 
@@ -73,7 +72,7 @@ class Snapshots:
         def write() -> None:
             # `live` tells names and shapes alone.
             state = {**weights, "optimizer": checkpoints.optimizer_state(frozen, live)}
-            self._begin(state, directory, validate=False, still=_as_it_is)()
+            writing.begin(state, directory, group=self._copy.group, validate=False, still=list)()
 
         return write
 
@@ -94,30 +93,9 @@ class Snapshots:
         chained._synchronize_steps = lambda: None
         return chained
 
-    def _begin(
-        self, state: dict[str, Any], directory: Path, *, validate: bool, still: Callable[[Any], Any]
-    ) -> Callable[[], None]:
-        from megatron.core import dist_checkpointing
-
-        request = dist_checkpointing.save(
-            state,
-            str(directory),
-            sharded_strategy=_in_thread(self._copy.group, still=still),
-            validate_access_integrity=validate,
-            async_sharded_save=True,
-        )
-        return partial(request.async_fn, directory)
-
-    def _still(self, parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        tensors = [part for listed in parts.values() for part in listed if hasattr(part, "dtype")]
-        copied = self._copy.take({str(index): part.data.detach() for index, part in enumerate(tensors)})
-        for index, part in enumerate(tensors):
-            part.data = copied[str(index)]
-        return parts
-
-
-def _as_it_is(parts: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    return parts
+    def _still(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        copied: list[torch.Tensor] = self._copy.take({"tensors": tensors})["tensors"]
+        return copied
 
 
 def _shards(optimizer: DistributedOptimizer) -> dict[torch.nn.Parameter, dict[str, torch.Tensor]]:
@@ -150,59 +128,6 @@ def _with_data(state: dict[str, Any], data: Mapping[str, torch.Tensor]) -> dict[
 
     found: dict[str, Any] = dict_list_map_outplace(exchanged, state)
     return found
-
-
-def _in_thread(group: dist.ProcessGroup | None, *, still: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Return upstream's way to save, of what `still` copies: planning and writing are left to one call for a thread.
-
-    Upstream plans in training's group before it returns (state_dict_saver.py, save_state_dict_async_plan), writes in
-    processes forked for it, from memory it shares with training where that lies on a CPU, and meets in training's group
-    when all have written (torch.py, _get_save_and_finalize_callbacks).
-    """
-    from megatron.core.dist_checkpointing.strategies import torch as upstream
-    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-
-    class InThread(upstream.TorchDistSaveShardedStrategy):  # type: ignore[misc]
-        def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> AsyncRequest:
-            mine, _, _ = upstream._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-            state = upstream.mcore_to_pyt_state_dict(still(mine), False)  # objects become bytes, tensors stay
-            return AsyncRequest(partial(_write, state, group), (), [])
-
-    return InThread("torch_dist", 1)
-
-
-def _write(state: dict[str, Any], group: dist.ProcessGroup | None, directory: Path) -> None:
-    """Plan with all ranks who writes what, and write this rank's files; then rank 0 writes what lists them."""
-    import torch.distributed as dist
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-    from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner
-
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    writer = FileSystemWriterAsync(directory, thread_count=2)
-    # Not its cache: that takes the first save's plan for all, and leaves out what the state has gained since
-    # (state_dict_saver.py, local_step).
-    (_, metadata, _), *_ = save_state_dict_async_plan(state, writer, group, 0, planner=planner)
-    own: Queue[Any] = Queue()
-    written: list[Any] = []
-    transforms = [writer.transforms] if hasattr(writer, "transforms") else []  # since torch 2.7
-    for index, bucket in enumerate(writer.write_buckets):
-        count: Queue[int] = Queue()
-        count.put(index)
-        writer.write_preloaded_data(transforms, index, bucket, own, count, True)
-        written.append(own.get()[1])
-    failed = next((result for result in written if isinstance(result, Exception)), None)
-    mine = failed or [result for results in written for result in results]
-    everybody: list[Any] = [mine]
-    if group is not None:
-        everybody = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everybody, mine, group=group)
-    if errors := [result for result in everybody if isinstance(result, Exception)]:
-        raise errors[0]
-    if metadata is not None:  # rank 0
-        writer.finish(metadata, everybody)
-        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
 
 
 def num_bytes(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> int:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from strategies.megatron import MegatronStrategy
@@ -46,13 +45,3 @@ def test_what_was_saved_goes_on_to_the_last_bit(
     resumed.load(tmp_path)
     assert [resumed.train_step(batches(), learning_rate=1e-2).loss for _ in range(2)] == unbroken
     resumed.teardown()
-
-
-@pytest.mark.usefixtures("alone")
-def test_a_save_leaves_no_process_behind(tiny: Tiny, tiny_weights: Path, tmp_path: Path) -> None:
-    strategy = MegatronStrategy()
-    strategy.setup(PLAN, *tiny, tiny_weights)
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    strategy.save(tmp_path)
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
-    strategy.teardown()
