@@ -7,12 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import NoReturn
 
 from launcher import __version__, compose
 from launcher.errors import FINISHED, INTERRUPTED, ConfigError, LauncherError
 from launcher.output import Output, open_standard_streams, print_line
-from launcher.verbs import compare, env, plan, probe, see, submit, sweep, train, verify
 from strategies.names import suggest
 
 USAGE = """\
@@ -102,10 +102,10 @@ def _dispatch(words: Sequence[str], output: Output) -> int:
         return FINISHED
     if verb not in VERBS:
         raise ConfigError(f"'{verb}' is not a verb; {suggest(verb, VERBS)}")
-    return VERBS[verb](rest, output)
+    return find(verb)(rest, output)
 
 
-_OWN_HELP = (
+_OWN_HELP = {
     "best",
     "resume",
     "export",
@@ -117,23 +117,31 @@ _OWN_HELP = (
     "logs",
     "probe",
     "env",
-)
-VERBS: dict[str, Callable[[list[str], Output], int]] = {
-    "plan": plan.plan,
-    "verify": verify.run,
-    "train": train.train,
-    "submit": submit.submit,
-    "status": sweep.status,
-    "cancel": sweep.cancel,
-    "logs": submit.logs,
-    "compare": compare.compare,
-    "sweep": sweep.sweep,
-    "best": sweep.best,
-    "resume": sweep.resume,
-    "show": see.show,
-    "report": see.report,
-    "watch": see.watch,
-    "export": train.export,
-    "probe": probe.probe,
-    "env": env.env,
 }
+# Module and function of each verb. A verb is imported when it is called: planning need not wait for what others import.
+VERBS = {
+    "plan": "plan.plan",
+    "verify": "verify.run",
+    "train": "train.train",
+    "submit": "submit.submit",
+    "status": "sweep.status",
+    "cancel": "sweep.cancel",
+    "logs": "submit.logs",
+    "compare": "compare.compare",
+    "sweep": "sweep.sweep",
+    "best": "sweep.best",
+    "resume": "sweep.resume",
+    "show": "see.show",
+    "report": "see.report",
+    "watch": "see.watch",
+    "export": "train.export",
+    "probe": "probe.probe",
+    "env": "env.env",
+}
+
+
+def find(verb: str) -> Callable[[list[str], Output], int]:
+    """Return what a verb does."""
+    module, _, name = VERBS[verb].partition(".")
+    found: Callable[[list[str], Output], int] = getattr(import_module(f"launcher.verbs.{module}"), name)
+    return found

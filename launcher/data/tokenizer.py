@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from launcher.errors import DataError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy where ids are made: planning makes none, and need not wait for it
+    import numpy as np
     import tokenizers
+    from numpy.typing import NDArray
 
 # Names of the end-of-document token, for a tokenizer.json that comes without tokenizer_config.json.
 _USUAL_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
@@ -50,6 +49,8 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Return the bytes of each text."""
+        import numpy as np
+
         return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
@@ -69,6 +70,8 @@ class FileTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Return the ids of each text; many texts are encoded in parallel."""
+        import numpy as np
+
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.uint32) for encoding in encodings]
 

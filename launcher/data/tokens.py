@@ -12,11 +12,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 from uuid import uuid4
-
-import numpy as np
-from numpy.typing import NDArray
 
 from launcher.data.config import DataConfig
 from launcher.data.corpus import find_files, hash_files, read_documents
@@ -24,9 +21,13 @@ from launcher.data.tokenizer import Tokenizer, check_vocabulary, open_tokenizer
 from launcher.decode import decode, encode
 from launcher.errors import DataError
 
+if TYPE_CHECKING:  # where tokens are touched it is imported: planning reads none, and need not wait for it
+    from numpy.typing import NDArray
+
 FORMAT = 1
 Split = Literal["train", "validation"]
 _META = "meta.json"
+_ITEM_BYTES = {"uint16": 2, "uint32": 4}
 _OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY)
 _BATCH_CHARACTERS = 4 << 20  # per call of the tokenizer, which may spread a batch over threads
 _log = logging.getLogger(__name__)
@@ -74,10 +75,12 @@ class TokenDataset:
             raise DataError(
                 f"{path} has {found} bytes instead of {expected}; start the run again to rebuild it"
             )
+        import numpy as np
+
         return np.memmap(path, dtype=self.dtype, mode="r")
 
     def _num_bytes(self, split: Split) -> int:
-        return self.num_tokens(split) * np.dtype(self.dtype).itemsize
+        return self.num_tokens(split) * _ITEM_BYTES[self.dtype]
 
 
 _SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -168,7 +171,7 @@ def _write_tokens(
         if counts["train"] and not counts["validation"]:
             # Too few documents to spare one: the end of the text is kept out instead.
             moved = max(1, int(counts["train"] * validation_fraction))
-            _move_tail(train, validation, moved * np.dtype(dtype).itemsize)
+            _move_tail(train, validation, moved * _ITEM_BYTES[dtype])
             counts = {"train": counts["train"] - moved, "validation": moved}
         for stream in (train, validation):
             _sync(stream)
@@ -183,6 +186,8 @@ def _split_of(number: int, validation_fraction: float) -> Split:
 
 def _encode(documents: Iterable[str], tokenizer: Tokenizer, dtype: str) -> Iterator[NDArray[Any]]:
     """Yield the ids of each document, its end-of-document id last."""
+    import numpy as np
+
     ending = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     for batch in _batches(documents):
         for ids in tokenizer.encode_batch(batch):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launcher import __version__
-from launcher.cli import VERBS
+from launcher.cli import VERBS, find
 
 Call = Callable[..., Any]
 TINY = (
@@ -27,6 +27,10 @@ def test_usage_names_every_verb_and_exit_code(call: Call) -> None:
     assert all(f"\n  {verb} " in text for verb in VERBS)
     assert "11 a check failed" in text
     assert call("--version").out == f"meshwright {__version__}\n"
+
+
+def test_every_verb_is_there_and_says_what_it_does() -> None:
+    assert all(find(verb).__doc__ for verb in VERBS)
 
 
 def test_plan_prints_a_table_and_as_json_nothing_else(call: Call) -> None:
