@@ -34,10 +34,10 @@ imports: .venv/ready
 		$(PYTHON) -c 'import json, sys; print(json.load(sys.stdin)["path"] + "/bin/python")' > $@
 
 # Kept apart: it brings a web server and clients of clouds along, which nothing else here needs.
-.venv/mlflow/ready: .venv/ready launcher/locks/base.txt
+.venv/mlflow/ready: .venv/ready launcher/environments/locks/base.txt
 	rm -rf .venv/mlflow
 	$(PYTHON) -m pip --disable-pip-version-check --quiet install --target .venv/mlflow \
-		--constraint launcher/locks/base.txt 'mlflow-skinny==3.17.2'
+		--constraint launcher/environments/locks/base.txt 'mlflow-skinny==3.17.2'
 	touch $@
 
 .DELETE_ON_ERROR:
