@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launcher.cluster.network import Door
-from launcher.errors import LauncherError, LostRankError
+from launcher.errors import LauncherError, LostRankError, TrainingError
 from launcher.output import print_line
 from launcher.run_dir import RunDir
 from launcher.submit import hosts
@@ -191,8 +191,9 @@ class Others:
 
     @property
     def code(self) -> int:
-        """The first exit code of theirs that is not 0."""
-        return next((report.code for report in self._ended() if report.code), 0)
+        """The first exit code of theirs that is not 0; a signal is none of ours, `deaths` tell of it."""
+        failed = next((report.code for report in self._ended() if report.code), 0)
+        return TrainingError.exit_code if failed < 0 else failed
 
     @property
     def deaths(self) -> list[Death]:

@@ -14,8 +14,10 @@ from launcher.cluster import network
 from launcher.errors import LostRankError
 from launcher.run_dir import RunDir
 from launcher.submit import hosts
+from launcher.supervise.failure import explain
 from launcher.supervise.notes import Death, Order, Post, Reader, Report, order_file, report_file
 from launcher.supervise.others import Others, lead
+from launcher.supervise.start import Ending
 from launcher.supervise.stop_requests import StopRequests
 
 NEVER = float("-inf")
@@ -151,6 +153,22 @@ def test_workers_that_end_badly_elsewhere_end_the_start(on_two_hosts: RunDir) ->
         assert until(lambda: others.trouble(lambda ranks: NEVER)) == "ended"
         others.settle(at_once=False)
         assert (others.code, others.deaths, others.lost) == (1, [Death(**death)], [])
+
+
+def test_a_torchrun_that_was_killed_elsewhere_is_not_taken_for_the_one_here(
+    on_two_hosts: RunDir,
+) -> None:
+    death = {"rank": None, "signal": 9, "host": "b", "log": "l"}
+    ended = {"state": "ended", "reaches": True, "code": -9, "deaths": (Death(**death),)}
+    (on_two_hosts.logs / "stderr.log").write_text("")
+    with gathered(on_two_hosts, run=ended) as (others, _):
+        assert until(lambda: others.trouble(lambda ranks: NEVER)) == "ended"
+        ending = Ending(
+            code=others.code, world_size=2, stderr_from=0, beats=(), deaths=tuple(others.deaths)
+        )
+    found = explain(on_two_hosts, ending)
+    assert (found.cause, found.host) == ("lost_rank", "b")
+    assert str(found.error) == "torchrun on b was killed by SIGKILL; see l"
 
 
 def test_a_hang_is_examined_on_all_hosts(on_two_hosts: RunDir) -> None:
