@@ -8,6 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,6 +41,11 @@ def given(job: Job) -> tuple[str, ...]:
             "or plan with less"
         )
     return tuple(names)
+
+
+def settled(job: Job) -> Job:
+    """Return the job with its hosts in it: no other host finds a file where we did, and nobody edits it any more."""
+    return replace(job, submit=replace(job.submit, hosts=given(job), hostfile=None))
 
 
 def named(job: Job, plan: Plan) -> tuple[str, ...]:

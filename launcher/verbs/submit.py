@@ -73,6 +73,8 @@ def submit(arguments: list[str], output: Output) -> int:
 def submit_job(job: Job, output: Output, *, asked: Asked) -> int:
     """Plan, freeze and start one job where submit=NAME says."""
     _check_place(job)
+    if job.submit.name != "slurm":
+        job = hosts.settled(job)
     if asked.dry_run:
         found = decide(job)
         subject = _Subject(path=found.path, job=job, plan=found.plan, python=found.python.path)

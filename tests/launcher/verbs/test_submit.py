@@ -123,6 +123,18 @@ def test_torchrun_prints_what_to_type_on_each_host(call: Callable[..., Any], tmp
     assert open_run(run).job().cluster.num_nodes == 2
 
 
+def test_a_hostfile_is_read_once_and_frozen(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hosts.txt").write_text("a slots=1\nb slots=1\n")
+    run = tmp_path / "run"
+    words = ("submit=torchrun", "submit.hostfile=hosts.txt", f"run_dir={run}")
+    assert call("submit", *SMALL, *TWO, *words).code == 0
+    monkeypatch.chdir("/")  # where ssh would begin on another host
+    assert list(call("submit", str(run), "--dry-run", "--json").json["commands"]) == ["a", "b"]
+
+
 def test_ssh_trains_on_all_hosts_and_waits(call: Callable[..., Any], tmp_path: Path) -> None:
     # What sshd does with the words it gets; localhost and 127.0.0.1 are two names of this host.
     stand_in = tmp_path / "ssh"
