@@ -13,7 +13,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,14 +49,10 @@ class Outbox:
         self._announce = announce
 
     def told(self) -> list[dict[str, Any]]:
-        """Everything told so far, over all starts."""
+        """Everything told so far, over all starts; lines that a full disk has torn are left out."""
         if not self._file.exists():
             return []
-        return [
-            json.loads(line)
-            for line in self._file.read_text(encoding="utf-8").splitlines()
-            if line.endswith("}")
-        ]
+        return list(_whole(self._file.read_text(encoding="utf-8").splitlines()))
 
     def tell(self, cause: str, text: str, *, step: int | None) -> bool:
         """Tell one cause, unless that was done lately; say whether it was told now."""
@@ -162,6 +159,12 @@ def tell_failure(directory: Path, event: Mapping[str, Any], *, repeat_s: float) 
         )
     except OSError as error:
         _log.warning("the failure could not be told: %s", error.strerror)
+
+
+def _whole(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(ValueError):  # whatever was told next stands behind it, on the same line
+            yield json.loads(line)
 
 
 def post(record: Mapping[str, Any]) -> bool:

@@ -131,6 +131,16 @@ def test_a_folder_that_is_gone_does_not_hide_the_failure(tmp_path: Path) -> None
     tell_failure(tmp_path / "gone", {"message": "x"}, repeat_s=60)
 
 
+def test_a_line_that_a_full_disk_has_torn_hides_nothing(outbox: Outbox, webhook: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run" / "metrics" / "alerts.jsonl"
+    outbox.tell("x", "first", step=1)
+    file.write_text(file.read_text() + '{"time": 1.0, "cau')
+    for cause in ("lost", "told"):  # the first of them lands on the torn line
+        tell_failure(tmp_path / "run" / "metrics", {"event": "failed", "cause": cause}, repeat_s=60)
+    assert causes(outbox) == ["x", "told"]
+    assert [taken["cause"] for taken in webhook.taken] == ["x", "lost", "told"]
+
+
 def test_slack_gets_a_text_and_nothing_else() -> None:
     record = {"run": "r", "text": "t", "cause": "c"}
     request = alerts_module._request("https://hooks.slack.com/services/T/B/x", record)
