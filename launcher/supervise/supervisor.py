@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, LostRankError
 from launcher.output import print_line
 from launcher.run_dir import RunDir, lock
 from launcher.supervise import memory, remedy
@@ -68,7 +68,7 @@ class _Supervisor:
         """Start the workers until they end well, or until another start is of no use."""
         devices = Devices(run=self.run, requests=self.requests)
         while True:
-            if not devices.prepare() or not self.others.gather(self.requests):
+            if not devices.prepare() or not self._gather():
                 return self._interrupted()
             checkpoint = self._newest_checkpoint()
             ending, failure = self._start(export=None, on_look=devices.look)
@@ -81,6 +81,14 @@ class _Supervisor:
                 self._take_in(failure, ending, checkpoint)
             elif not devices.are_back or self._is_finished():
                 return 0
+
+    def _gather(self) -> bool:
+        """Wait for the other hosts; one that never comes is how the run ends, so the run tells of it."""
+        try:
+            return self.others.gather(self.requests)
+        except LostRankError as error:
+            log_failure(self.run, Failure(cause="lost_node", error=error), step=None)
+            raise
 
     def _start(self, *, export: Path | None, on_look: Callable[[], None]) -> tuple[Ending, Failure | None]:
         kills = memory.kills()

@@ -158,6 +158,7 @@ def test_a_host_of_the_run_starts_its_own_part(call: Callable[..., Any], tmp_pat
     assert first.code == 12
     assert "no launcher answers on b, after supervise.host_wait_s=1 s; bring it back" in first.err
     assert "# on b\n" in first.out and "# on a\n" not in first.out
+    assert call("show", str(run), "--json").json["state"] == "failed"
     other = call("submit", str(run), "--node-rank=1")
     assert other.code == 12
     assert "the first host of" in other.err
