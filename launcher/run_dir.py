@@ -182,6 +182,9 @@ _STATES = {
 }
 
 
+OVER = ("stopped", "interrupted", "failed", "finished")  # states behind which nothing comes by itself
+
+
 def state(events: Sequence[dict[str, Any]]) -> str:
     """The word for where the run stands, from its last telling event."""
     return next((_STATES[e["event"]] for e in reversed(events) if e["event"] in _STATES), "unknown")

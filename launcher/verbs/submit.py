@@ -15,7 +15,7 @@ from launcher.environments.interpreter import surroundings
 from launcher.errors import FINISHED, ConfigError, TrainingError
 from launcher.freeze import Decision, decide, freeze, possible
 from launcher.output import Output
-from launcher.run_dir import RunDir
+from launcher.run_dir import OVER, RunDir
 from launcher.submit import hosts, slurm
 from launcher.verbs import see, show, words
 from launcher.verbs.drive import drive
@@ -320,4 +320,4 @@ def _is_over(run: RunDir) -> bool:
     numbers = slurm.numbers(run.events())
     if numbers:
         return all(slurm.ask(number).has_ended for number in numbers)
-    return show.describe(run)["state"] not in ("created", "starting", "running")
+    return show.describe(run)["state"] in OVER

@@ -19,10 +19,9 @@ from rich.text import Text
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.metrics import read
 from launcher.planner.tables import describe
-from launcher.run_dir import RunDir, state
+from launcher.run_dir import OVER, RunDir, state
 
 _EVERY_S = 1.0
-_OVER = ("finished", "stopped", "failed", "interrupted")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 _EVENTS = 6
@@ -37,7 +36,7 @@ def watch(run: RunDir, *, once: bool, stream: TextIO) -> None:
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
             live.update(frame(run, now=time.time()), refresh=True)
-            if state(list(run.events())) in _OVER:
+            if state(list(run.events())) in OVER:
                 return
             time.sleep(_EVERY_S)
 

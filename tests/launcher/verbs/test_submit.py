@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,23 @@ def test_a_host_of_the_run_starts_its_own_part(call: Callable[..., Any], tmp_pat
     assert other.code == 12
     assert "the first host of" in other.err
     assert "is none of the 2 hosts" in call("submit", str(run), "--node-rank=2").err
+
+
+def test_logs_are_followed_through_a_restart(call: Callable[..., Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert call("submit", *SMALL, *TWO, "submit=torchrun", "submit.hosts=[a,b]", f"run_dir={run}").code == 0
+    (log := run / "logs" / "ssh.log").write_text("lost\n")
+    open_run(run).log_event("restarting")
+
+    def goes_on() -> None:
+        time.sleep(2)
+        log.write_text("lost\nback\n")
+        open_run(run).log_event("finished")
+
+    (thread := threading.Thread(target=goes_on)).start()
+    told = call("logs", "-f", str(run)).out
+    thread.join()
+    assert told == "lost\nback\n"
 
 
 @pytest.mark.parametrize(
