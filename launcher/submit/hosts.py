@@ -23,6 +23,7 @@ from strategies.spec import Plan
 _LOOK_S = 0.5
 _PATIENCE_S = 30.0  # for ssh to take the other side down, and for hosts to end after the first one
 _AGAIN_S = 5.0
+_CONNECTED_S = 180.0  # an attempt that gets no answer takes two minutes
 _CUT_OFF = (129, 137, 255)  # hung up, killed, and ssh's own word for a connection that failed
 # What a worker has to find again on another host; ssh starts a bare shell.
 _CARRIED = ("PYTHONPATH", "PYTHONNOUSERSITE", "MESHWRIGHT_HOME", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME")
@@ -119,18 +120,18 @@ def ssh_argv(ssh: Sequence[str], host: str, command: Sequence[str]) -> list[str]
     return [*ssh, "-tt", host, shlex.join(command)]
 
 
-def start(commands: Mapping[str, Sequence[str]], *, log: Path, stop_file: Path) -> None:
+def start(commands: Mapping[str, Sequence[str]], *, log: Path, stop_file: Path, patience_s: float) -> None:
     """Start one command for each host, and wait; raise TrainingError with the exit code of the first host.
 
-    A host that is cut off is started again while the others go on. Ctrl-C asks the workers to leave with a
-    checkpoint, once more ends them at once.
+    A host that is cut off is started again while the others go on, for `patience_s` where all are. Ctrl-C asks the
+    workers to leave with a checkpoint, once more ends them at once.
     """
     lines: list[_Line] = []
     with log.open("ab") as out:
         try:
             for host, command in commands.items():
                 lines.append(_Line(host, command, out=out))
-            _wait(lines, log=log, stop_file=stop_file)
+            _wait(lines, log=log, stop_file=stop_file, patience_s=patience_s)
         finally:
             for line in lines:
                 line.end()
@@ -142,9 +143,11 @@ class _Line:
     def __init__(self, host: str, command: Sequence[str], *, out: BinaryIO) -> None:
         self.host, self._command, self._out = host, command, out
         self._ended: float | None = None
+        self._cut_off: float | None = None  # since when no connection has lasted
         self._process = self._begin()
 
     def _begin(self) -> subprocess.Popen[bytes]:
+        self._begun = time.monotonic()
         return subprocess.Popen(
             self._command,
             stdin=subprocess.DEVNULL,
@@ -157,10 +160,15 @@ class _Line:
         """Return the exit code of a host that is through; one that was cut off begins again."""
         code = self._process.poll()
         if code is None:
+            if now - self._begun > _CONNECTED_S:
+                self._cut_off = None
             return None
         self._ended = now if self._ended is None else self._ended
         if code >= 0 and code not in _CUT_OFF:
             return code
+        if self._cut_off is None:
+            self._cut_off = now
+            print(f"meshwright: host {self.host} is cut off; entering it again", file=sys.stderr)
         if now - self._ended > _AGAIN_S:
             self._process, self._ended = self._begin(), None
         return None
@@ -168,6 +176,10 @@ class _Line:
     def through_s(self, now: float) -> float:
         """Return since when it has ended."""
         return 0.0 if self._ended is None else now - self._ended
+
+    def cut_off_s(self, now: float) -> float:
+        """Return since when no connection to it has lasted."""
+        return 0.0 if self._cut_off is None else now - self._cut_off
 
     def end(self) -> None:
         """Take it down, if it still runs."""
@@ -180,7 +192,7 @@ class _Line:
             self._process.wait()
 
 
-def _wait(lines: Sequence[_Line], *, log: Path, stop_file: Path) -> None:
+def _wait(lines: Sequence[_Line], *, log: Path, stop_file: Path, patience_s: float) -> None:
     asked, first = False, lines[0]
     while True:
         try:
@@ -192,6 +204,11 @@ def _wait(lines: Sequence[_Line], *, log: Path, stop_file: Path) -> None:
             for line, code in codes.items():
                 if code and (line is first or line.through_s(now) > _PATIENCE_S):
                     raise TrainingError(f"host {line.host} ended with exit code {code}; see {log}")
+            # One host that is away is missed by the first one, or the first one by the others; nobody misses all.
+            if all(line.cut_off_s(now) > patience_s for line in lines):
+                raise TrainingError(
+                    f"no host could be entered for supervise.host_wait_s={patience_s:g} s; see {log}"
+                )
             if codes[first] == 0 and (late or None not in codes.values()):
                 return
         except KeyboardInterrupt:

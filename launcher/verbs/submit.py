@@ -208,7 +208,8 @@ def _on_hosts(run: RunDir, subject: _Subject, output: Output, *, node: int | Non
     calls = {host: hosts.ssh_argv(subject.job.submit.ssh, host, words) for host, words in commands.items()}
     run.log_event("submitted", command=calls)
     output.say(f"log       {log}")
-    hosts.start(calls, log=log, stop_file=run.stop_file)
+    patience_s = subject.job.supervise.host_wait_s
+    hosts.start(calls, log=log, stop_file=run.stop_file, patience_s=patience_s)
     return see.tell(run, output)
 
 

@@ -131,7 +131,7 @@ def test_what_is_shown_can_be_typed() -> None:
 def test_the_first_host_decides_and_the_others_end(tmp_path: Path) -> None:
     commands = {"first": ["sh", "-c", "echo no; exit 3"], "good": ["sleep", "600"]}
     with pytest.raises(TrainingError, match=r"host first ended with exit code 3; see .*log"):
-        hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop")
+        hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=60)
     assert (tmp_path / "log").read_text() == "no\n"
 
 
@@ -142,6 +142,7 @@ def test_another_host_that_fails_for_itself_ends_all(tmp_path: Path, monkeypatch
             {"first": ["sleep", "600"], "bad": ["sh", "-c", "exit 5"]},
             log=tmp_path / "log",
             stop_file=tmp_path / "stop",
+            patience_s=60,
         )
 
 
@@ -157,10 +158,25 @@ def test_a_host_that_was_cut_off_begins_again(tmp_path: Path, monkeypatch: pytes
             "case $n in 1) exit 255;; 2) kill -9 $$;; esac",
         ],
     }
-    hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop")
+    hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=60)
     assert Path(f"{back}.3").exists()
 
 
+def test_hosts_that_nobody_can_enter_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hosts, "_AGAIN_S", 0.1)
+    denied = ["sh", "-c", "echo denied; exit 255"]
+    with pytest.raises(TrainingError, match=r"no host could be entered for supervise.host_wait_s=2 s; see "):
+        hosts.start(
+            {"a": denied, "b": denied}, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=2
+        )
+    assert (tmp_path / "log").read_text().count("denied") > 2
+    assert capsys.readouterr().err.count("host a is cut off") == 1
+
+
 def test_all_that_end_well_are_waited_for(tmp_path: Path) -> None:
-    hosts.start({"a": ["true"], "b": ["true"]}, log=tmp_path / "log", stop_file=tmp_path / "stop")
+    hosts.start(
+        {"a": ["true"], "b": ["true"]}, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=60
+    )
     assert not (tmp_path / "stop").exists()
