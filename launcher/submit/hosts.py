@@ -16,7 +16,7 @@ from launcher.cluster import network
 from launcher.cluster.placement import hosts_in_a_group
 from launcher.cluster.switches import order
 from launcher.config import Job
-from launcher.errors import ConfigError, TrainingError
+from launcher.errors import ConfigError, RunDirError, TrainingError
 from launcher.run_dir import RunDir
 from strategies.spec import Plan
 
@@ -164,7 +164,9 @@ class _Line:
                 self._cut_off = None
             return None
         self._ended = now if self._ended is None else self._ended
-        if code >= 0 and code not in _CUT_OFF:
+        # The launcher of the broken connection may not have noticed, or be saving: it still holds the run.
+        is_held = self._cut_off is not None and code == RunDirError.exit_code
+        if code >= 0 and code not in _CUT_OFF and not is_held:
             return code
         if self._cut_off is None:
             self._cut_off = now

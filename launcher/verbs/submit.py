@@ -90,6 +90,8 @@ def submit_run(run: RunDir, output: Output, *, asked: Asked) -> int:
     if asked.dry_run:
         return _tell(subject, output)
     if show.describe(run)["state"] == "finished":
+        if asked.node is not None:  # a host that is late, or entered again
+            return see.tell(run, output)
         raise ConfigError(f"{run.path} is finished, there is nothing to submit; `show` tells of it")
     if job.submit.name == "slurm":
         return _queue(run, subject, output)

@@ -12,7 +12,7 @@ import pytest
 from launcher import compose
 from launcher.cluster.spec import Switch
 from launcher.config import Job, SubmitConfig
-from launcher.errors import ConfigError, TrainingError
+from launcher.errors import ConfigError, RunDirError, TrainingError
 from launcher.run_dir import open_run, refreeze
 from launcher.submit import hosts
 from strategies.spec import Plan
@@ -160,6 +160,24 @@ def test_a_host_that_was_cut_off_begins_again(tmp_path: Path, monkeypatch: pytes
     }
     hosts.start(commands, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=60)
     assert Path(f"{back}.3").exists()
+
+
+def test_a_host_that_was_cut_off_is_waited_for_while_its_launcher_has_not_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "_AGAIN_S", 0.1)
+    held = f"exit {RunDirError.exit_code}"
+    once = tmp_path / "once"
+    twice = tmp_path / "twice"
+    first = f"[ -e {once} ] || {{ touch {once}; exit 255; }}; [ -e {twice} ] || {{ touch {twice}; {held}; }}"
+    hosts.start(
+        {"first": ["sh", "-c", first]}, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=60
+    )
+    assert twice.exists()
+    with pytest.raises(TrainingError, match=f"host first ended with exit code {RunDirError.exit_code}"):
+        hosts.start(
+            {"first": ["sh", "-c", held]}, log=tmp_path / "log", stop_file=tmp_path / "stop", patience_s=60
+        )
 
 
 def test_hosts_that_nobody_can_enter_are_given_up(

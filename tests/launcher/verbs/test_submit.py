@@ -149,6 +149,8 @@ def test_ssh_trains_on_all_hosts_and_waits(call: Callable[..., Any], tmp_path: P
     assert outcome.code == 0, outcome.err + (log.read_text() if log.exists() else "")
     assert outcome.json["state"] == "finished"
     assert "finished at step 4" in call("logs", str(run)).out
+    late = call("submit", str(run), "--node-rank=1", "--json")
+    assert (late.code, late.json["state"]) == (0, "finished")
     assert call("logs", "-f", str(run), "--json").json == {"run_dir": str(run), "log": str(log)}
 
 
