@@ -15,6 +15,7 @@ from launcher.errors import ClusterError
 
 _PATIENCE_S = 2.0
 _BACKLOG = 1024
+_LOOK_S = 0.1
 _ANY_PORT = 9  # nothing is sent there: a datagram socket only looks up its route
 
 
@@ -53,6 +54,7 @@ class Door:
     """A port that accepts everybody and says nothing: who gets in knows that the way to this host is open."""
 
     def __init__(self, port: int) -> None:
+        self._closed = threading.Event()
         try:
             self._socket = _listen(port)
         except OSError as error:
@@ -68,15 +70,20 @@ class Door:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closed.set()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes who waits in accept
         self._socket.close()
 
     def _greet(self) -> None:
-        with suppress(OSError):
-            while True:
+        while not self._closed.is_set():
+            try:
                 visitor, _ = self._socket.accept()
                 visitor.close()
+            except (
+                OSError
+            ):  # of one visitor who has gone again, or for want of descriptors: the next one may come
+                self._closed.wait(_LOOK_S)
 
 
 def _listen(port: int) -> socket.socket:

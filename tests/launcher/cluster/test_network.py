@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import socket
+import threading
+from typing import Any
 
 import psutil
 import pytest
@@ -51,3 +54,23 @@ def test_a_door_lets_everybody_in_until_it_is_closed() -> None:
         with pytest.raises(ClusterError, match=f"port {port}, the one behind submit.port, cannot be used"):
             network.Door(port)
     assert not network.answers("127.0.0.1", port)
+
+
+def test_a_visitor_who_fails_does_not_close_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    met = threading.Event()
+    accept = socket.socket.accept
+
+    def once_in_vain(listening: socket.socket) -> Any:
+        visitor = accept(listening)
+        if not met.is_set():
+            met.set()
+            visitor[0].close()
+            raise OSError(errno.EMFILE, "Too many open files")
+        return visitor
+
+    monkeypatch.setattr(socket.socket, "accept", once_in_vain)
+    with network.Door(port := free_port()):
+        for _ in range(2):
+            with socket.create_connection(("127.0.0.1", port), timeout=10) as visitor:
+                assert visitor.recv(1) == b""  # shown out; who waits in the queue is not
+        assert met.is_set()
