@@ -75,6 +75,16 @@ def read_hostfile(path: str) -> tuple[str, ...]:
     return tuple(word[0] for word in words if word)
 
 
+def check_port(job: Job) -> None:
+    """Raise ConfigError unless the rendezvous can have its port, and the door of the first host the one behind."""
+    port = job.submit.port
+    if port is not None and not 1 <= port < 65535:
+        raise ConfigError(
+            f"submit.port={port} is no port with another one behind it, and hosts need both; use 1 to 65534, or null "
+            "for two that follow from the folder"
+        )
+
+
 def port_of(path: Path, job: Job) -> int:
     """Return the port of the rendezvous: derived from the folder, so that every host comes to the same one."""
     return job.submit.port or 20000 + zlib.crc32(str(path).encode()) % 10000

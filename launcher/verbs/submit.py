@@ -114,6 +114,7 @@ def _check_place(job: Job) -> None:
     if job.submit.name == "slurm":
         return
     hosts.given(job)  # before anything is frozen
+    hosts.check_port(job)
     for key, asked in (
         ("supervise.elastic", job.supervise.elastic),
         ("checks.resume_is_exact", job.checks.resume_is_exact),

@@ -191,6 +191,10 @@ def test_logs_are_followed_through_a_restart(call: Callable[..., Any], tmp_path:
     [
         (("submit=local",), "submit=local starts a run here, which `meshwright train` does"),
         (("submit=ssh",), "submit.hosts names 0 hosts and cluster.num_nodes=2 needs 2"),
+        (
+            ("submit=ssh", "submit.hosts=[a,b]", "submit.port=65535"),
+            "submit.port=65535 is no port with another one behind it, and hosts need both; use 1 to 65534",
+        ),
         (("submit=slurm", "submit.signal_s=0"), "submit.signal_s=0 must be at least 1"),
         (("submit=slurm", "submit.inside=/p"), "submit.inside=/p is a Python inside a container"),
         (("submit=slurm", "submit.sbatc.time=1"), "unknown key 'submit.sbatc'; did you mean 'sbatch'?"),
