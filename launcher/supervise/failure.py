@@ -32,6 +32,9 @@ from launcher.supervise.policy import Cause
 from launcher.supervise.start import Ending, Hang
 
 _FULL_DISK_BYTES = 2**20
+# Signals that follow upon others: NCCL's watchdog aborts a rank that lost its peer, maybe on another host, and torchrun
+# ends the ranks that are left with SIGTERM. The later here, the less to believe.
+_AFTERMATH: dict[int, int] = {signal.SIGABRT: 1, signal.SIGTERM: 2}
 # How gloo and NCCL say that another rank is gone, and that it did not come.
 _LOST_PEER = re.compile(
     r"Connection (reset|closed) by peer|connectFullMesh|Broken pipe|remote process exited|NCCL remote error"
@@ -98,8 +101,7 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
         out_of_memory=out_of_memory_kills > 0,
         alone=ending.world_size == 1,
     )
-    # torchrun ends the ranks that are left with SIGTERM, so that signal is the last one to believe.
-    found = min((*here, *ending.deaths), key=lambda death: death.signal == signal.SIGTERM, default=None)
+    found = min((*here, *ending.deaths), key=lambda death: _AFTERMATH.get(death.signal, 0), default=None)
     if found is not None:
         return _from_signal(found)
     if records:

@@ -273,5 +273,9 @@ def test_a_rank_that_was_killed_on_another_host_is_named_with_it(run: RunDir) ->
     found = over(run, deaths=(death,))
     assert (found.cause, found.rank, found.host) == ("lost_rank", 1, "b")
     assert str(found.error) == "rank 1 on b was killed by SIGKILL; see /r/logs/stderr_node_00001.log"
+    # NCCL's watchdog aborts ranks that lost their peer, before torchrun could end them.
+    (run.logs / "stderr.log").write_text(KILLED.replace("-9", "-6"))
+    assert over(run, deaths=(death,)).host == "b"
+    assert "was killed by SIGABRT" in str(over(run).error)
     short = Death(rank=1, signal=9, host="b", log="l", out_of_memory=True)
     assert over(run, deaths=(short,)).cause == "out_of_memory"
