@@ -105,7 +105,7 @@ class MlflowWriter:
         plan: Mapping[str, Any],
         history: Sequence[StepMetrics],
     ) -> str:
-        old = self._client.get_run(self._id_file.read_text().strip()) if self._id_file.exists() else None
+        old = self._earlier()
         if old is not None and self._is_whole(old, history):
             self._client.update_run(old.info.run_id, status="RUNNING")
             return str(old.info.run_id)
@@ -123,6 +123,19 @@ class MlflowWriter:
                     self._client.set_tag(run_id, key, value)
             self._client.delete_run(old.info.run_id)
         return run_id
+
+    def _earlier(self) -> Any:
+        """Return the run of earlier starts; None before the first one, and in a place that does not know it."""
+        from mlflow.exceptions import MlflowException
+
+        if not self._id_file.exists():
+            return None
+        try:
+            return self._client.get_run(self._id_file.read_text().strip())
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
 
     def _is_whole(self, run: Any, history: Sequence[StepMetrics]) -> bool:
         """Tell whether a run was closed behind the newest step of `history`, and nobody has deleted it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,17 @@ def test_a_run_has_every_step_once_over_all_starts(
     assert run["tags"]["mlflow.note.content"] == "look here"
     assert losses(run) == {1: 3, 2: 3, 3: 3, 4: 3, 5: 2, 6: 1, 7: 1, 8: 4, 9: 5}
     assert ["perf/straggler_score/0", 4, 1.0] in run["points"]
+
+
+def test_a_place_that_does_not_know_the_run_is_told_it_anew(
+    tmp_path: Path, start: Callable[..., list[str]], mlflow_reader: Callable[[Path], list[Any]]
+) -> None:
+    start((0, 2, 3.0, "closed"))
+    folder = tmp_path / "my run" / "metrics" / "mlflow"
+    shutil.rmtree(folder)
+    (last,) = start((2, 3, 1.0, "closed"))
+    (run,) = mlflow_reader(folder)
+    assert (run["id"], losses(run)) == (last, {1: 3, 2: 3, 3: 1})
 
 
 def test_a_server_that_is_not_there_is_one_line(
