@@ -21,7 +21,7 @@ from launcher.data.tokens import TokenDataset
 from launcher.decode import decode, encode
 from launcher.environments.interpreter import Interpreter
 from launcher.errors import ConfigError, LauncherError, RunDirError
-from launcher.files import write_whole
+from launcher.files import append_record, records, write_whole
 from strategies.spec import Plan
 
 PLAN_FORMAT = 1
@@ -154,19 +154,12 @@ class RunDir:
 
     def log_event(self, event: str, **details: Any) -> None:
         """Append one event; a line is written whole or not at all."""
-        record = {"time": time.time(), "event": event, **details}
-        with self.events_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(self.events_file, {"time": time.time(), "event": event, **details})
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """All events, oldest first; a torn last line is left out."""
-        if not self.events_file.exists():
-            return
-        for line in self.events_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        """All events, oldest first; a torn line is left out."""
+        if self.events_file.exists():
+            yield from records(self.events_file.read_text(encoding="utf-8", errors="replace"))
 
 
 _STATES = {

@@ -13,12 +13,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from launcher.files import append_record, records
 from launcher.monitor.config import AlertConfig
 from launcher.monitor.metrics import StepMetrics
 from launcher.monitor.reliability import cause_of
@@ -52,7 +52,7 @@ class Outbox:
         """Everything told so far, over all starts; lines that a full disk has torn are left out."""
         if not self._file.exists():
             return []
-        return list(_whole(self._file.read_text(encoding="utf-8").splitlines()))
+        return list(records(self._file.read_text(encoding="utf-8", errors="replace")))
 
     def tell(self, cause: str, text: str, *, step: int | None) -> bool:
         """Tell one cause, unless that was done lately; say whether it was told now."""
@@ -60,8 +60,7 @@ class Outbox:
         if any(past["cause"] == cause and now - past["time"] < self._repeat_s for past in self.told()):
             return False
         record = {"time": now, "run": self._run, "cause": cause, "step": step, "text": text}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_record(self._file, record)
         post(record)
         if self._announce is not None:
             self._announce(cause, text)
@@ -159,12 +158,6 @@ def tell_failure(directory: Path, event: Mapping[str, Any], *, repeat_s: float) 
         )
     except OSError as error:
         _log.warning("the failure could not be told: %s", error.strerror)
-
-
-def _whole(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        with suppress(ValueError):  # whatever was told next stands behind it, on the same line
-            yield json.loads(line)
 
 
 def post(record: Mapping[str, Any]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from launcher.files import records
 
 OUT_OF_MEMORY, BAD_LOSS, LOST_RANK, FAILED = "out_of_memory", "bad_loss", "lost_rank", "failed"
 
@@ -70,4 +71,4 @@ class Reliability:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines() if line.strip()]
+        return list(records(whole.decode("utf-8", errors="replace")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import netrc
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from launcher.files import records
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.histograms import drawn
@@ -160,8 +160,8 @@ class WandbWriter:
 def _lineage(events_file: Path) -> list[dict[str, Any]]:
     """Return which checkpoint each checkpoint's start went on from; None is the beginning."""
     origin, found = None, []
-    lines = events_file.read_text(encoding="utf-8").splitlines() if events_file.exists() else []
-    for event in (json.loads(line) for line in lines if line.endswith("}")):
+    text = events_file.read_text(encoding="utf-8", errors="replace") if events_file.exists() else ""
+    for event in records(text):
         if event["event"] == "resumed":
             origin = event["checkpoint"]
         elif event["event"] == "checkpoint":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.files import write_whole
+from launcher.files import append_record, records, write_whole
 
 
 def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
@@ -32,3 +32,12 @@ def test_a_failure_leaves_what_was_there_and_nothing_beside_it(
         write_whole(file, "two\n")
     assert file.read_text() == "one\n"
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("torn", ["", '{"n": 0}\n', '{"n": 0}\n{"n": 1, "te'])
+def test_a_torn_line_takes_nothing_else_with_it(tmp_path: Path, torn: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(torn)
+    for number in (2, 3):
+        append_record(file, {"n": number})
+    assert [record["n"] for record in records(file.read_text())] == [0, 2, 3][torn == "" :]

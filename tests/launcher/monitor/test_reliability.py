@@ -68,3 +68,10 @@ def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
 )
 def test_a_failure_has_a_cause(event: dict[str, str], cause: str) -> None:
     assert cause_of(event) == cause
+
+
+def test_a_line_that_a_full_disk_has_torn_is_left_out(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"time": 90.0, "eve\n')
+    write(file, {"time": 100.0, "event": "started"}, {"time": 110.0, "event": "started"})
+    assert Reliability(file).update(now=120.0)["restarts"] == 1
