@@ -34,7 +34,7 @@ def given(job: Job) -> tuple[str, ...]:
     submit, count = job.submit, job.cluster.num_nodes
     names = submit.hosts or (read_hostfile(submit.hostfile) if submit.hostfile else ())
     where = "submit.hosts" if submit.hosts or not submit.hostfile else f"submit.hostfile={submit.hostfile}"
-    if len(set(names)) != len(names):
+    if len(set(map(address, names))) != len(names):
         raise ConfigError(f"{where} names a host twice; cluster.gpus_per_node says how many ranks one gets")
     if len(names) < count:
         raise ConfigError(
@@ -54,7 +54,8 @@ def named(job: Job, plan: Plan) -> tuple[str, ...]:
     names = given(job)
     if job.cluster.switches:
         group = hosts_in_a_group(plan, gpus_per_node=job.cluster.gpus_per_node)
-        names = order(names, job.cluster.switches, group=group)
+        given_as = {address(name): name for name in names}  # switches know nothing of users
+        names = tuple(given_as[host] for host in order(tuple(given_as), job.cluster.switches, group=group))
     return names[: job.cluster.num_nodes]
 
 

@@ -40,6 +40,7 @@ def test_a_hostfile_is_read_as_others_write_it(tmp_path: Path) -> None:
     [
         (("a",), "submit.hosts names 1 hosts and cluster.num_nodes=2 needs 2; name more"),
         (("a", "a"), "submit.hosts names a host twice"),
+        (("a", "me@a"), "submit.hosts names a host twice"),
         ((), "submit.hosts names 0 hosts"),
     ],
 )
@@ -53,6 +54,8 @@ def test_hosts_follow_their_switches_or_their_owner() -> None:
     assert hosts.named(job(submit), PLAN) == ("c", "a")
     tree = (Switch(name="l", hosts=("a", "b")), Switch(name="m", hosts=("c",)))
     assert hosts.named(job(submit, *tree), PLAN) == ("a", "b")
+    submit = SubmitConfig(name="ssh", hosts=("me@c", "me@d", "b", "me@a"))
+    assert hosts.named(job(submit, *tree), PLAN) == ("me@a", "b")
 
 
 def test_another_plan_leaves_the_order_of_the_hosts(
