@@ -173,6 +173,9 @@ def _final(error: LauncherError, run: RunDir, why: str) -> LauncherError:
     """Add why the run ends here; a fault that says itself what to do stays as it is."""
     if not why:
         return error
+    job, again = run.job(), f"resume {run.path}`"
+    if job.cluster.num_nodes > 1:
+        again = f"submit {run.path}`" + (" on each host" if job.submit.name == "torchrun" else "")
     return type(error)(
-        f"{error}; not started again: {why}; `meshwright resume {run.path}` goes on from the last good checkpoint"
+        f"{error}; not started again: {why}; `meshwright {again} goes on from the last good checkpoint"
     )

@@ -45,6 +45,13 @@ def test_a_killed_worker_is_started_again(
     assert "starting again from the beginning (restart 2 of 100)" in err
 
 
+def test_a_run_on_several_hosts_goes_on_by_submit(on_two_hosts: RunDir) -> None:
+    told = str(supervisor._final(errors.LostRankError("gone"), on_two_hosts, "enough"))
+    assert (
+        f"`meshwright submit {on_two_hosts.path}` on each host goes on from the last good checkpoint" in told
+    )
+
+
 def test_a_cause_is_told_once_over_all_starts(frozen: Frozen, worker: Stand, webhook: Any) -> None:
     run = frozen()
     worker(f"{STEP.format('start')}if start < 3: {DIE}")
