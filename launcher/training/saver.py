@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -249,13 +250,18 @@ class Saver:
                 seconds,
                 stall_s,
             )
-            self.run.log_event("checkpoint", step=content.step, seconds=seconds, stall_s=stall_s)
+            self._note("checkpoint", step=content.step, seconds=seconds, stall_s=stall_s)
+
+    def _note(self, event: str, **facts: Any) -> None:
+        """Keep what became of a save; on a full disk without, as the peers would know of no fault."""
+        with suppress(OSError):
+            self.run.log_event(event, **facts)
 
     def _give_up(self, error: CheckpointError, *, last: bool, stall_s: float) -> None:
         """Stop, or say that training goes on without this checkpoint."""
         step, self._under_way = self._under_way, None
         if self.ranks.rank == 0:
-            self.run.log_event("checkpoint_failed", step=step, stall_s=stall_s, message=str(error))
+            self._note("checkpoint_failed", step=step, stall_s=stall_s, message=str(error))
         if last or self._policy.on_failed_save == "stop" or isinstance(error, _Unshared):
             raise error
         if self.ranks.rank == 0:

@@ -236,6 +236,23 @@ def test_or_training_goes_on_but_not_past_the_last_one(
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_too_full_for_the_events_fails_no_save(
+    make: Callable[..., Saver], asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(run: RunDir, event: str, **facts: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    strategy = failing()
+    saver = make(strategy, asynchronous=asynchronous, on_failed_save="continue")
+    monkeypatch.setattr(RunDir, "log_event", full)
+    saver.save(at(1), last=False)
+    saver.settle()
+    strategy.full = False
+    saver.save(at(2), last=True)
+    assert make().restore() == at(2)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_only_a_save_like_those_to_come_is_measured(make: Callable[..., Saver], asynchronous: bool) -> None:
     strategy = failing()
     saver = make(strategy, asynchronous=asynchronous, on_failed_save="continue")
