@@ -29,6 +29,7 @@ from launcher.verbs import words
 
 WORKER = "launcher.verbs.preflight_worker"
 VERB = "probe preflight"
+FAILED = "preflight_failed"  # among the logs: nodes for the job script to leave out, one a line
 _SPARE_S = 30.0  # on top of everything that is bounded: starting Python, saying farewell
 
 
@@ -153,9 +154,22 @@ def _finish(
     first = place.hosts[0] if place.hosts else place.address
     if place.leads:
         raise ClusterError(f"the preflight could not be collected on {first}: {reason}")
-    if place.node == 1:  # one of those who are left has to tell
+    if place.node == 1 and _is_untold(subject):  # one of those who are left has to tell
         _kept(subject, _unreached(first, by=place.host, bounds=bounds))
     raise ClusterError(f"{first}, where the preflight is collected, left {place.host} alone: {reason}")
+
+
+def _is_untold(subject: Subject) -> bool:
+    """Take the word unless the collector has told: it has heard all nodes, and we know only that we lost it."""
+    if subject.run is None:
+        return False
+    try:
+        (subject.run.logs / FAILED).open("x").close()  # the job script takes one of an earlier start away
+    except FileExistsError:
+        return False
+    except OSError:  # for `_kept` to tell
+        return True
+    return True
 
 
 def _unreached(host: str, *, by: str, bounds: PreflightConfig) -> Report:
@@ -172,9 +186,9 @@ def _kept(subject: Subject, report: Report) -> Report:
     """Leave the report in the run directory, and the names of failed nodes for the job script."""
     if subject.run is not None:
         try:
-            write_whole(subject.run.path / "preflight.json", json.dumps(to_json(report), indent=1))
             names = "".join(f"{node.host}\n" for node in report.failed)
-            write_whole(subject.run.logs / "preflight_failed", names)
+            write_whole(subject.run.logs / FAILED, names)  # first: it keeps others from telling
+            write_whole(subject.run.path / "preflight.json", json.dumps(to_json(report), indent=1))
         except OSError as error:
             raise RunDirError(
                 f"{subject.run.path} cannot be written: {error.strerror}; free or mend its disk"

@@ -123,7 +123,7 @@ def test_of_three_nodes_the_one_that_never_came_is_named(tmp_path: Path, reposit
     assert "GB/s a rank and direction in the best of 1 exchanges" in out
 
 
-def test_where_the_collector_cannot_be_reached_the_second_node_says_so(
+def test_where_the_collector_cannot_be_reached_and_has_not_told_the_second_node_says_so(
     frozen: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = preflight.read([str(frozen.path)])
@@ -141,3 +141,10 @@ def test_where_the_collector_cannot_be_reached_the_second_node_says_so(
         preflight.check(impatient, place)
     assert (frozen.logs / "preflight_failed").read_text() == "lost\n"
     assert "me could not reach it" in (frozen.path / "preflight.json").read_text()
+    told = "the collector's own\n"  # it has heard the others, and need not have been the one that was lost
+    (frozen.logs / "preflight_failed").write_text(told)
+    (frozen.path / "preflight.json").write_text(told)
+    with pytest.raises(ClusterError, match="left me alone"):
+        preflight.check(impatient, place)
+    assert (frozen.logs / "preflight_failed").read_text() == told
+    assert (frozen.path / "preflight.json").read_text() == told
