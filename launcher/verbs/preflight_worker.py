@@ -296,16 +296,18 @@ class Collector:
 
     def _exchanges(self, nodes: list[int]) -> Iterator[Exchange]:
         """Call round after round; a node that does not come back from one is left out of the next."""
-        number = 0
-        while len(nodes) > 1 and number < min(self.request.rounds, rounds_of(len(nodes))):
-            met = pairs(nodes, number=number)
+        number = turn = 0
+        while number < self.request.rounds and len(nodes) > 1 and turn < rounds_of(len(nodes)):
+            met = pairs(nodes, number=turn)
             self.store.set(f"round/{number}", json.dumps(met))
             # Opening a group and each of its calls may take as long.
             deadline = time.monotonic() + 2 * self.request.exchange_timeout_s
             told = {node: self._told_by_node(number, node, deadline) for pair in met for node in pair}
             yield from (_outcome(pair, told) for pair in met)
-            nodes = [node for node in nodes if told.get(node) is not None or node not in told]
-            number += 1
+            left = [node for node in nodes if told.get(node) is not None or node not in told]
+            # Fewer nodes are another circle, gone through from its start: who met nobody but the lost one still may.
+            turn = turn + 1 if left == nodes else 0
+            nodes, number = left, number + 1
         self.store.set(f"round/{number}", "[]")
 
     def _told_by_node(self, number: int, node: int, deadline: float) -> list[Any] | None:

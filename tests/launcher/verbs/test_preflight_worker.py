@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import replace
@@ -82,6 +83,20 @@ def test_a_partner_that_does_not_come_back_is_named(store: dist.TCPStore) -> Non
     thread.join(30)
     [met] = found[0].exchanges
     assert (met.a, met.b, met.fault) == (0, 1, "node 1 did not come back from it")
+
+
+def test_who_met_only_a_lost_partner_meets_another(store: dist.TCPStore) -> None:
+    for node in range(3):
+        told = {"rank": node, "node": node, "facts": {"host": f"n{node}"}}
+        store.set(f"rank/{node}", json.dumps(told))
+        for number in range(5):
+            store.set(f"clock/{node}/{number}/told", "0.0")
+    for key in ("0/1", "1/0", "1/1"):  # of round 0 node 2 does not come back
+        store.set(f"round/{key}", '{"gb_per_s": 1.5}')
+    thread, found = collect(store, exchange_timeout_s=0.2, rounds=4)
+    thread.join(30)
+    assert [(met.a, met.b, met.gb_per_s) for met in found[0].exchanges] == [(1, 2, None), (0, 1, 1.5)]
+    assert store.get("round/2") == b"[]"
 
 
 def test_a_rank_that_cannot_measure_says_why(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
