@@ -257,7 +257,9 @@ class Collector:
             and len(come.of_node(node)) == request.ranks_per_node
             and not any(rank.fault for rank in come.of_node(node))
         ]
-        clocks = {str(node): offset for node in whole if (offset := self._clock(node)) is not None}
+        # Whoever speaks for a node waits to be asked, also where its other ranks are missing or broken.
+        heard = [node for node in range(come.num_nodes) if come.facts(node) is not None]
+        clocks = {str(node): offset for node in heard if (offset := self._clock(node)) is not None}
         found = replace(come, clocks_s=clocks, exchanges=tuple(self._exchanges(whole)))
         deadline = time.monotonic() + _FAREWELL_S
         for rank in ranks:  # the store ends with us

@@ -99,6 +99,20 @@ def test_who_met_only_a_lost_partner_meets_another(store: dist.TCPStore) -> None
     assert store.get("round/2") == b"[]"
 
 
+def test_who_speaks_for_a_broken_node_comes_to_an_end(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> float:
+        raise RuntimeError("CUDA error: uncorrectable ECC error")
+
+    monkeypatch.setattr(preflight_worker, "product_tflops", fail)
+    monkeypatch.setattr(preflight_worker, "_LINGER_S", 10.0)
+    thread, found = collect(store, world_size=1)
+    Rank(store=store, request=request(rank=0, world_size=1), rank=0).serve()
+    thread.join(30)
+    assert found[0].ranks[0].fault and list(found[0].clocks_s) == ["0"]
+
+
 def test_a_rank_that_cannot_measure_says_why(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> float:
         raise RuntimeError("CUDA error: uncorrectable ECC error\nmore")
