@@ -139,13 +139,16 @@ def _compare(base: Times, tried: Times, *, level: float) -> Outcome:
 
 
 def _slowed(logs: Sequence[Sequence[float]]) -> int | None:
-    """Return the cell that got slower most, where that is beyond noise and more than a gain would have to be."""
+    """Return the cell that got slower most, of those that did beyond noise and by more than a gain has to be."""
     parts = list(zip(*logs, strict=True))
     means = [statistics.fmean(part) for part in parts]
-    worst = means.index(max(means))
-    slower = [-value for value in parts[worst]]
-    is_slower = means[worst] > math.log(1 + MIN_GAIN) and p_value(slower) <= SIGNIFICANCE / len(parts)
-    return worst if is_slower else None
+    slower = [
+        cell
+        for cell, part in enumerate(parts)
+        if means[cell] > math.log(1 + MIN_GAIN)
+        and p_value([-value for value in part]) <= SIGNIFICANCE / len(parts)
+    ]
+    return max(slower, key=lambda cell: means[cell], default=None)
 
 
 def p_value(differences: Sequence[float]) -> float:

@@ -49,6 +49,16 @@ def test_a_gain_that_costs_another_size_is_not_adopted() -> None:
     assert outcome.verdict == "slows a part down" and "-16" in outcome.reason
 
 
+def test_a_noisy_part_hides_no_other_that_gets_slower() -> None:
+    leaps = [8.0, 0.25] * 5  # slower than all others on average, and nothing that noise would not do
+    tried = [
+        [leap * a, 0.5 * b, 0.2 * c, 1.2 * d]
+        for leap, (a, b, c, d) in zip(leaps, rounds(1.0, seed=2), strict=True)
+    ]
+    outcome = compare([rounds(1.0)], tried, num_candidates=1)
+    assert outcome.verdict == "slows a part down" and "-16" in outcome.reason
+
+
 def test_both_copies_of_the_inherited_setting_have_to_be_beaten() -> None:
     unlucky, usual = rounds(1.2), rounds(1.0, seed=1)
     assert compare([unlucky], rounds(1.0, seed=2), num_candidates=1).verdict == "adopt"
