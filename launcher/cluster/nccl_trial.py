@@ -161,6 +161,6 @@ def p_value(differences: Sequence[float]) -> float:
     return float(count) / 2.0 ** len(differences)
 
 
-def fewest_rounds(*, num_candidates: int) -> int:
-    """Return how many rounds are needed before anything can win."""
-    return math.ceil(math.log2(num_candidates / SIGNIFICANCE))
+def fewest_rounds(*, num_candidates: int, num_cells: int) -> int:
+    """Return how many rounds are needed before anything can win, and before any part of it can be shown to lose."""
+    return math.ceil(math.log2(max(num_candidates, num_cells) / SIGNIFICANCE))

@@ -139,10 +139,12 @@ def settings_of(request: Request, cluster: ClusterSpec) -> list[Setting]:
                 raise ConfigError(
                     f"try={candidate.name}: {setting}: {finding.message}; see {finding.reference}"
                 )
-    fewest = nccl_trial.fewest_rounds(num_candidates=len(given))
+    parts = len(nccl_trial.cells(cluster.gpu.device))
+    fewest = nccl_trial.fewest_rounds(num_candidates=len(given), num_cells=parts)
     if request.rounds < fewest:
         raise ConfigError(
-            f"rounds={request.rounds} cannot tell {len(given)} candidates from noise; use {fewest} or more"
+            f"rounds={request.rounds} cannot tell {len(given)} candidates, and what each does to {parts} operations "
+            f"and sizes, from noise; use {fewest} or more"
         )
     tried = [Setting(name=c.name, environment=c.environment, source=c.source) for c in given]
     return [Setting(name=INHERITED), Setting(name=CONTROL), *tried]

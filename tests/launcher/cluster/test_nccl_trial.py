@@ -82,7 +82,13 @@ def test_p_is_a_share_of_flips() -> None:
     assert p_value([-1.0, -1.0, -1.0]) == 1 / 8
     assert p_value([1.0, 1.0, 1.0]) == 1.0
     assert p_value([-3.0, 1.0]) == 2 / 4
-    assert (fewest_rounds(num_candidates=1), fewest_rounds(num_candidates=4)) == (5, 7)
+
+
+def test_fewest_rounds_can_show_a_gain_and_a_loss() -> None:
+    assert fewest_rounds(num_candidates=4, num_cells=1) == 7
+    assert fewest_rounds(num_candidates=1, num_cells=4) == 7
+    tried = [[0.5 * a, 0.5 * b, 0.5 * c, 1.2 * d] for a, b, c, d in rounds(1.0, count=7, seed=2)]
+    assert compare([rounds(1.0, count=7)], tried, num_candidates=1).verdict == "slows a part down"
 
 
 @pytest.mark.parametrize("fabric", [*get_args(Fabric), None])
