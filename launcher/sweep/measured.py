@@ -74,20 +74,27 @@ def _state(run: RunDir, events: list[dict[str, Any]]) -> tuple[str, str | None, 
     state = run_dir.state(events)
     if state == "finished":
         return state, None, None
-    if state == "failed":
+    job = _job(slurm.numbers(events))
+    if state == "failed" and (job is None or job.has_ended):  # else of a start that Slurm has made good
         last = next(event for event in reversed(events) if event["event"] == "failed")
         return state, last["message"], last["exit_code"]
-    numbers = slurm.numbers(events)
-    if not numbers:
-        return state, None, None
-    job = _ask(numbers[-1])
     if job is None:
         return state, None, None
     if job.has_ended and state != "stopped":
         return "failed", *_cause(run, job)
     if job.state == "PENDING":
         return "queued", None, None
-    return ("starting" if state == "created" else state), None, None
+    return ("starting" if state in ("created", "failed") else state), None, None
+
+
+def _job(numbers: Sequence[str]) -> JobState | None:
+    """Return the job that runs or comes next of a chain, else the last; None where there is none, or no Slurm."""
+    job = None
+    for number in numbers:
+        job = _ask(number)
+        if job is None or not job.has_ended:
+            break
+    return job
 
 
 def _ask(number: str) -> JobState | None:

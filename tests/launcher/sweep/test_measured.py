@@ -67,6 +67,30 @@ def test_a_point_in_the_queue_waits(point: RunDir, monkeypatch: pytest.MonkeyPat
     assert told(point, JobState(state="RUNNING"), monkeypatch).measured_s is None
 
 
+def test_of_a_chain_the_job_tells_whose_turn_it_is(point: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = open_sweep(point.path.parent).record.points[0]
+    states = {"7": "RUNNING", "8": "PENDING"}
+    monkeypatch.setattr(slurm, "ask", lambda number: JobState(state=states[number]))
+    for number in states:
+        point.log_event("submitted", job=number)
+    point.log_event("started", step=0)
+    assert standing(point, entry).state == "running"
+    states["7"] = "COMPLETED"
+    assert standing(point, entry).state == "queued"
+    states["8"] = "FAILED"
+    assert standing(point, entry).state == "failed"
+
+
+def test_a_lost_host_is_no_end_where_the_job_goes_on(point: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    point.log_event("submitted", job="7")
+    point.log_event("started", step=0)
+    point.log_event("failed", message="host b is lost", exit_code=12)
+    assert told(point, JobState(state="RUNNING"), monkeypatch).state == "starting"
+    assert told(point, JobState(state="PENDING"), monkeypatch).state == "queued"
+    ended = told(point, JobState(state="NODE_FAIL"), monkeypatch)
+    assert (ended.state, ended.cause, ended.exit_code) == ("failed", "host b is lost", 12)
+
+
 def test_a_job_that_ended_names_its_cause(point: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     point.log_event("submitted", job="7")
     ended = told(point, JobState(state="TIMEOUT", exit_code=0), monkeypatch)
