@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 
-def run(repository: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(repository: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"}
     return subprocess.run(
         [str(repository / "slurm" / "train.sbatch"), *words],
-        env={**os.environ, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1"},
+        env={**os.environ, **job, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -60,6 +61,27 @@ def test_starts_without_a_newer_checkpoint_are_counted(repository: Path, frozen:
     done = run(repository, str(frozen), "max_restarts=1")
     assert done.returncode == 9
     assert f"2 starts from the same checkpoint ({newest}) have brought no newer one" in done.stderr
+
+
+@pytest.mark.parametrize(("state", "kept"), [("RUNNING", False), ("NODE_FAIL", True)])
+def test_a_chain_remembers_the_hosts_only_of_a_start_that_slurm_has_ended(
+    repository: Path, frozen: Path, tmp_path: Path, state: str, kept: bool
+) -> None:
+    commands = {
+        "scontrol": f'case "$*" in *hostnames*) echo node1 ;; *job*) echo JobState={state} ;; esac',
+        "srun": 'case "$*" in *--ntasks=1*) cat ;; *) exit 5 ;; esac',  # the workers die
+    }
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    done = run(repository, str(frozen), "requeue=no", PATH=path, SLURM_GPUS_ON_NODE="1")
+    assert done.returncode == 5, done.stderr
+    assert ("left with code 5; the next job goes on" in done.stderr) != kept
+    hosts = frozen / "logs" / "slurm_hosts"
+    assert (hosts.read_text() if hosts.exists() else "") == ("node1\n" if kept else "")
 
 
 def test_shell_scripts_are_clean(repository: Path) -> None:
