@@ -82,10 +82,19 @@ def open_gpus(questions: Questions | None = None) -> list[Callable[[], dict[str,
         import pynvml
 
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        count = pynvml.nvmlDeviceGetCount()
     except Exception:  # NVMLError has no base of its own to name before the import
         return []
-    return [_reader(pynvml, (questions or _figures)(pynvml, handle)) for handle in handles]
+    return [_reader(pynvml, _asked_of(pynvml, index, questions or _figures)) for index in range(count)]
+
+
+def _asked_of(nvml: Any, index: int, questions: Questions) -> dict[str, Callable[[], float]]:
+    """Return what one GPU is asked: nothing where it is lost to this host, whose others answer all the same."""
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    except nvml.NVMLError:
+        return {}
+    return questions(nvml, handle)
 
 
 def _figures(nvml: Any, handle: Any) -> dict[str, Callable[[], float]]:

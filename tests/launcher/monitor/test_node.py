@@ -90,6 +90,19 @@ def test_gpus_tell_what_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
     assert second == {"gpu_percent": 91.0, "gpu_temperature_celsius": 61.0, "gpu_clock_mhz": 1980.0}
 
 
+def test_a_lost_gpu_silences_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    Driver(monkeypatch)
+
+    def handle(index: int) -> int:
+        if index == 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return index
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    first, second = (read() for read in open_gpus())
+    assert first == {} and second["gpu_percent"] == 91.0
+
+
 def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
