@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -38,19 +38,23 @@ class Rank:
     rank: int
     world_size: int
     device: torch.device
+    answers: TextIO
 
     def serve(self) -> None:
         """Take turns until there are no more."""
         turn = 0
         if self.rank == 0:
-            _answer("ready")
+            self._answer("ready")
         while self._is_called(turn):
             seconds = [self._seconds(operation, size) for operation, size in cells(self.device.type)]
             slowest = torch.tensor(seconds, dtype=torch.float64, device=self.device)
             dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
             if self.rank == 0:
-                _answer(slowest.tolist())
+                self._answer(slowest.tolist())
             turn += 1
+
+    def _answer(self, told: Any) -> None:
+        print(json.dumps(told), file=self.answers, flush=True)
 
     def _is_called(self, turn: int) -> bool:
         key = f"turn/{turn}"
@@ -87,24 +91,31 @@ class Rank:
         }[operation]
 
 
-def _answer(told: Any) -> None:
-    print(json.dumps(told), flush=True)
+def take_standard_output() -> TextIO:
+    """Return the channel to the launcher for answers alone; what anybody else prints goes to standard error.
+
+    NCCL writes its version, warnings and debugging there, and a pipe that nobody empties would stop it.
+    """
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
 
 
 def main(arguments: list[str]) -> int:
     """Serve as a rank of setting number `arguments[1]`; return the exit code."""
     # Collectives have newer names in some releases and only the older ones in others.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    answers = take_standard_output()
     request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     try:
-        serve(request, int(arguments[1]), os.environ)
+        serve(request, int(arguments[1]), os.environ, answers=answers)
     except Exception as error:
         print(f"{FAULT}{said(error)}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
-def serve(request: Mapping[str, Any], setting: int, environ: Mapping[str, str]) -> None:
+def serve(request: Mapping[str, Any], setting: int, environ: Mapping[str, str], *, answers: TextIO) -> None:
     """Open this setting's group and take its turns."""
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     device = torch.device(request["device"])
@@ -121,7 +132,7 @@ def serve(request: Mapping[str, Any], setting: int, environ: Mapping[str, str]) 
         world_size=world_size,
         timeout=timedelta(seconds=request["turn_s"]),
     )
-    Rank(store=store, rank=rank, world_size=world_size, device=device).serve()
+    Rank(store=store, rank=rank, world_size=world_size, device=device, answers=answers).serve()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,16 +21,15 @@ def rank() -> Iterator[Rank]:
     """A group of one."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=0, world_size=1)
-    yield Rank(store=store, rank=0, world_size=1, device=torch.device("cpu"))
+    yield Rank(store=store, rank=0, world_size=1, device=torch.device("cpu"), answers=io.StringIO())
     dist.destroy_process_group()
 
 
-def test_rank_0_takes_turns_until_it_is_told_to_end(
-    rank: Rank, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rank_0_takes_turns_until_it_is_told_to_end(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("go\ngo\nend\n"))
     rank.serve()
-    ready, *turns = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert isinstance(rank.answers, io.StringIO)
+    ready, *turns = (json.loads(line) for line in rank.answers.getvalue().splitlines())
     assert ready == "ready" and len(turns) == 2
     assert all(len(turn) == len(cells("cpu")) and min(turn) > 0 for turn in turns)
 
@@ -36,6 +37,16 @@ def test_rank_0_takes_turns_until_it_is_told_to_end(
 def test_a_launcher_that_is_gone_is_an_end(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     rank.serve()
+
+
+def test_what_a_library_prints_is_no_answer() -> None:
+    code = (
+        "import os\nfrom launcher.verbs.tune_worker import take_standard_output\n"
+        "answers = take_standard_output()\nos.write(1, b'NCCL version 2.27.5+cuda12.9\\n')\n"
+        "print('[1.0]', file=answers, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[1.0]\n" and "NCCL version" in done.stderr
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
