@@ -137,14 +137,20 @@ def go_on(folder: SweepDir, output: Output) -> int:
         again = f"`meshwright resume {shlex.quote(str(folder.path))}`"
         print_line(f"meshwright: interrupted; {queued}{again} takes up the points that are left", sys.stderr)
     found = tell(folder, output)
-    if code == FINISHED and found.is_over and not any(point.is_finished for point in found.points):
+    if code == FINISHED and _has_failed(found, was_tried=here):
         # The table is the answer; a fault would put its own document in its place.
         print_line(
-            f"meshwright: no point of {folder.path} has finished; the table says what each failed of",
+            f"meshwright: no point of {folder.path} has finished; see above what each failed of",
             sys.stderr,
         )
         return TrainingError.exit_code
     return code
+
+
+def _has_failed(found: Standings, *, was_tried: bool) -> bool:
+    """Tell whether all is over and nothing has come of it; what fails before its start leaves no event in its run."""
+    stopped = any(point.state == "stopped" for point in found.points)
+    return (found.is_over or (was_tried and not stopped)) and not any(p.is_finished for p in found.points)
 
 
 def resume(arguments: list[str], output: Output) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from launcher import cli
-from launcher.errors import DeviceMemoryError
+from launcher.errors import DeviceMemoryError, UnsoundNodeError
 from launcher.output import Output
 from launcher.run_dir import RunDir, open_run
 from launcher.sweep.folder import lock, open_sweep
@@ -116,6 +116,22 @@ def test_a_point_that_fails_is_named_and_the_others_go_on(
     monkeypatch.setattr(drive, "work", lambda run, output: 0)
     lost = call("resume", str(copy))
     assert lost.code == 9 and "no point of" in lost.err
+
+
+def test_where_no_point_could_even_start_the_sweep_has_failed(
+    call: Call, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        forget(copy, name)
+
+    def unsound(run: RunDir, output: Output) -> int:
+        raise UnsoundNodeError("this host did not pass its preflight")
+
+    monkeypatch.setattr(drive, "work", unsound)
+    outcome = call("resume", str(copy))
+    assert outcome.code == 9 and f"no point of {copy} has finished" in outcome.err
+    RunDir(path=copy / NAMES[0]).log_event("stopped", step=3)
+    assert call("resume", str(copy)).code == 0, "somebody has asked for the end"
 
 
 def test_an_interruption_leaves_what_is_finished(
