@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -114,6 +115,7 @@ def create(expansion: Expansion, *, path: Path, command: Sequence[str]) -> Sweep
     """Freeze every point and write sweep.json behind them; after a fault nothing is left."""
     entries = entries_of(expansion)
     sweep = SweepDir(path=path, record=_record(expansion, entries, command))
+    descriptor = _claim(sweep)
     try:
         for entry, point in zip(entries, expansion.points, strict=True):
             decision = _placed(point.decision, path / entry.name, group=path.name)
@@ -126,7 +128,24 @@ def create(expansion: Expansion, *, path: Path, command: Sequence[str]) -> Sweep
                 f"run_dir={path} cannot be written: {error.strerror}; choose a writable folder"
             ) from error
         raise
+    finally:
+        os.close(descriptor)
     return sweep
+
+
+def _claim(sweep: SweepDir) -> int:
+    """Take the folder before anything is written: what lies in it after a fault is ours to remove."""
+    try:
+        sweep.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(
+            f"run_dir={sweep.path} cannot be written: {error.strerror}; choose a writable folder"
+        ) from error
+    descriptor = lock(sweep)
+    if is_sweep(sweep.path):
+        os.close(descriptor)
+        raise RunDirError(f"run_dir={sweep.path} was taken by another sweep a moment ago; choose another")
+    return descriptor
 
 
 def lock(sweep: SweepDir) -> int:

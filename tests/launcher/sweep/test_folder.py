@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from launcher import freeze
 from launcher.errors import RunDirError
-from launcher.sweep.folder import create, is_sweep, open_sweep, place_of
+from launcher.sweep.folder import SweepDir, create, is_sweep, lock, open_sweep, place_of
 from launcher.sweep.points import Expansion, expand
 
 SMALL = (
@@ -62,6 +63,19 @@ def test_after_a_fault_nothing_is_left(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         create(expanded(), path=tmp_path / "s", command=[])
     assert len(calls) == 2 and not (tmp_path / "s").exists()
+
+
+def test_of_two_sweeps_of_one_folder_the_first_keeps_it(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.mkdir()
+    descriptor = lock(SweepDir(path=path, record=create(expanded(), path=tmp_path / "t", command=[]).record))
+    with pytest.raises(RunDirError, match="by another `meshwright sweep`"):
+        create(expanded(), path=path, command=[])
+    os.close(descriptor)
+    first = create(expanded(), path=path, command=[])
+    with pytest.raises(RunDirError, match="was taken by another sweep a moment ago"):
+        create(expanded(), path=path, command=[])
+    assert open_sweep(path) == first and first.run(first.record.points[0]).plan()
 
 
 def test_a_folder_without_a_name_lies_among_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
