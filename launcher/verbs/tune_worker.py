@@ -125,6 +125,9 @@ def serve(request: Mapping[str, Any], setting: int, environ: Mapping[str, str], 
     # All settings meet in one store, which the ranks 0 of the inherited one brings.
     shared = open_store(environ, serves=setting == rank == 0, timeout_s=request["start_s"])
     store = dist.PrefixStore(f"setting/{setting}", shared)
+    # Python starts later on one node than on another, and a group is opened in the time of a turn.
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(world_size)], timedelta(seconds=request["start_s"]))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=dist.PrefixStore("group", store),

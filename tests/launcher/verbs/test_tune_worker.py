@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.cluster.nccl_trial import OPERATIONS, cells
-from launcher.verbs.tune_worker import Rank
+from launcher.verbs.tune_worker import Rank, serve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 
@@ -47,6 +48,33 @@ def test_what_a_library_prints_is_no_answer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[1.0]\n" and "NCCL version" in done.stderr
+
+
+def test_no_group_is_opened_before_all_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    opened = threading.Event()
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: opened.set())
+    monkeypatch.setattr(Rank, "serve", lambda rank: None)
+    where = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    first = threading.Thread(
+        target=serve,
+        args=(
+            {"device": "cpu", "start_s": 30.0, "turn_s": 0.1},
+            3,
+            {**where, "RANK": "0", "WORLD_SIZE": "2"},
+        ),
+        kwargs={"answers": io.StringIO()},
+        daemon=True,
+    )
+    first.start()
+    assert not opened.wait(0.5)
+    dist.PrefixStore("setting/3", store).set("here/1", "")
+    first.join(30)
+    assert opened.is_set()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
