@@ -208,13 +208,23 @@ def _network(facts: NodeFacts, bench: _Bench) -> tuple[Mark, str]:
 
 
 def _broken(port: Port | None, working: Sequence[Port], *, num_nodes: int) -> str | None:
-    usual = Counter(other.rate for other in working).most_common(1)[0][0] if working else ""
+    rates = Counter(_gb_per_s(other) for other in working)
+    # Of two nodes that differ the slower one is broken.
+    usual = max(rates, key=lambda rate: (rates[rate], rate), default=0.0)
     if port is None or port.state != "ACTIVE":
         if len(working) * 2 >= num_nodes:
             state = "is not there" if port is None else f"is {port.state} ({port.physical})"
             return f"{state}, it is active on {len(working)} of {num_nodes} nodes"
         return f"is {port.state}, though its link is up" if port and port.physical == "LinkUp" else None
-    return f"runs at {port.rate}, others at {usual}" if port.rate != usual else None
+    return f"runs at {port.rate}, others at {usual:g} Gb/sec" if _gb_per_s(port) < usual else None
+
+
+def _gb_per_s(port: Port) -> float:
+    """Read `400 Gb/sec (4X NDR)`; 0 where the kernel names no rate."""
+    try:
+        return float(port.rate.partition(" ")[0])
+    except ValueError:
+        return 0.0
 
 
 def _clock(bench: _Bench, node: int) -> Check:

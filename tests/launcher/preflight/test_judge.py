@@ -71,6 +71,29 @@ def test_the_node_that_shows_a_fault_fails_alone(
     assert sentence in told["n2"].faults[0].sentence
 
 
+@pytest.mark.parametrize(
+    ("rates", "slow"),
+    [
+        (("200 Gb/sec (2X NDR)", "400 Gb/sec (4X NDR)"), ["n0"]),
+        (("200 Gb/sec (2X NDR)", "800 Gb/sec (8X NDR)", "200 Gb/sec (4X HDR)"), []),
+    ],
+)
+def test_of_ports_at_different_rates_only_the_slower_is_broken(
+    sound: Gathered, verdicts: Verdicts, rates: tuple[str, ...], slow: list[str]
+) -> None:
+    ranks = tuple(
+        replace(rank, facts=replace(rank.facts, ports=(replace(SLOW, rate=rates[rank.node]),)))
+        if rank.facts
+        else rank
+        for rank in sound.ranks
+        if rank.node < len(rates)
+    )
+    met = tuple(pair for pair in sound.exchanges if max(pair.a, pair.b) < len(rates))
+    clocks = {str(node): 0.0 for node in range(len(rates))}
+    found = replace(sound, num_nodes=len(rates), ranks=ranks, exchanges=met, clocks_s=clocks)
+    assert failed(verdicts(found)) == {host: ["network"] for host in slow}
+
+
 def test_a_node_that_does_not_answer_is_named_by_the_job(sound: Gathered, verdicts: Verdicts) -> None:
     absent = replace(sound, ranks=tuple(rank for rank in sound.ranks if rank.node != 3))
     told = verdicts(absent)
