@@ -178,7 +178,11 @@ def cancel(arguments: list[str], output: Output) -> int:
             f"{folder.path} is trained by a `meshwright sweep` of this host; stop that with Ctrl-C"
         )
     at_once = submit.NOW in arguments
-    told = {entry.name: submit.end(folder.run(entry), at_once=at_once) for entry in folder.record.points}
+    runs = {entry.name: folder.run(entry) for entry in folder.record.points}
+    told = {
+        name: submit.end(run, at_once=at_once) if slurm.numbers(run.events()) else []
+        for name, run in runs.items()
+    }
     lines = [f"{name}: {sentence}" for name, done in told.items() for sentence in done]
     output.result(
         {"sweep": str(folder.path), "done": told}, "\n".join(lines) or "no job of this sweep is queued"

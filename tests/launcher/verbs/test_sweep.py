@@ -300,6 +300,13 @@ def test_a_sweep_is_cancelled_as_a_whole(call: Call, queued: Path, tmp_path: Pat
     assert call("cancel", str(tmp_path / "s")).out == "no job of this sweep is queued\n"
 
 
+def test_points_that_were_never_queued_are_left_alone(call: Call, queued: Path, tmp_path: Path) -> None:
+    forget(tmp_path / "s", "04-micro_batch_size-8")
+    done = call("cancel", str(tmp_path / "s"), "--json").json["done"]
+    assert done["04-micro_batch_size-8"] == [] and done["03-micro_batch_size-4"] == ["job 3 is cancelled"]
+    assert not (tmp_path / "s" / "04-micro_batch_size-8" / "stop").exists()
+
+
 def test_the_winner_of_a_queued_sweep_is_submitted(call: Call, queued: Path, tmp_path: Path) -> None:
     run = open_run(tmp_path / "s" / "02-micro_batch_size-2")
     steps = [{"step": step, "step_time_s": 0.5, "loss": 1.0} for step in range(1, 9)]
