@@ -45,7 +45,8 @@ class Subject:
     def folders(self) -> dict[str, Path]:
         """Where a run writes, by what for."""
         here = ("the run directory", self.run.path) if self.run else ("this folder", Path.cwd())
-        temporary = Path(os.environ.get("TMPDIR") or tempfile.gettempdir())
+        # Not tempfile's: where /tmp is full that is whatever else can be written.
+        temporary = Path(os.environ.get("TMPDIR") or "/tmp")
         return {here[0]: here[1], "the folder for temporary files": temporary}
 
 

@@ -81,6 +81,15 @@ def test_an_unsound_host_fails_and_nothing_starts_there(
     assert not any(event["event"] == "launched" for event in frozen.events())
 
 
+def test_the_folder_for_temporary_files_is_the_one_that_may_be_full(
+    frozen: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(frozen.path))  # as Python falls back to
+    subject = preflight.read([str(frozen.path)])
+    assert list(subject.folders.values()) == [frozen.path, Path("/tmp")]
+
+
 def test_a_host_that_looked_and_passed_trains(call: Call, frozen: RunDir) -> None:
     outcome = call("resume", str(frozen.path))
     assert outcome.code == 0, outcome.err
