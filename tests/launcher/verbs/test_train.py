@@ -83,6 +83,8 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path: Path, repository: Path) -> N
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that runs in the background ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = run / "metrics" / "metrics.jsonl"
     deadline = time.monotonic() + 120
