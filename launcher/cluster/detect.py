@@ -88,10 +88,8 @@ def complete(config: Mapping[str, Any], *, machine: Machine | None = None) -> di
 
 
 def probe() -> Machine:
-    """Look at this host: visible GPUs, usable cores, free memory."""
-    gpus = _query_nvml()
-    if gpus is None:
-        gpus = _query_nvidia_smi()
+    """Look at this host: visible GPUs and how they hang together, usable cores, free memory."""
+    gpus = _every_gpu()
     visible = select_visible(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     return Machine(
         gpus=tuple(visible),
@@ -99,6 +97,11 @@ def probe() -> Machine:
         memory_gib=free_memory_bytes() / GIB,
         matrix=query_matrix() if len(gpus) == len(visible) > 1 else None,
     )
+
+
+def visible_gpus() -> tuple[DetectedGpu, ...]:
+    """Return the GPUs of this host that are to be used, without asking how they hang together."""
+    return tuple(select_visible(_every_gpu(), os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def query_matrix() -> GpuMatrix | None:
@@ -202,6 +205,11 @@ def _unknown_gpu(gpu: DetectedGpu) -> dict[str, Any]:
         "links": [{"size": None, "gb_per_s": 16.0, "latency_us": 15.0, "efficiency": 0.6}],
         "reserved_gib": min(2.0, gpu.memory_gib / 10),
     }
+
+
+def _every_gpu() -> list[DetectedGpu]:
+    gpus = _query_nvml()
+    return _query_nvidia_smi() if gpus is None else gpus
 
 
 def _query_nvml() -> list[DetectedGpu] | None:

@@ -23,7 +23,7 @@ _SLOWDOWNS = {
 
 def readings() -> list[dict[str, float]]:
     """Return what the driver tells of each visible GPU; what one does not tell is left out."""
-    visible = {gpu.index for gpu in detect.probe().gpus}
+    visible = {gpu.index for gpu in detect.visible_gpus()}
     return [found for read in open_gpus(_health) if (found := read()).get("index") in visible]
 
 

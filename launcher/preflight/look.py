@@ -63,7 +63,7 @@ def look(*, host: str, folders: Mapping[str, Path], timeout_s: float) -> NodeFac
     A look that hangs, as one at a dead disk or driver does, is left behind after `timeout_s`.
     """
     looks: dict[str, Callable[[], Any]] = {
-        "gpu_names": lambda: tuple(gpu.name for gpu in detect.probe().gpus),
+        "gpu_names": lambda: tuple(gpu.name for gpu in detect.visible_gpus()),
         "gpu_readings": lambda: tuple(gpus.readings()),
         "versions": versions,
         "memory_gib": lambda: detect.free_memory_bytes() / _GIB,

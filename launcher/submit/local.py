@@ -104,7 +104,7 @@ def check_host(cluster: ClusterSpec, plan: Plan, *, start: str) -> None:
 def check_gpus(cluster: ClusterSpec, plan: Plan) -> None:
     """Raise unless this host has the GPUs that the plan gives each node."""
     if cluster.gpu.device == "cuda" and plan.strategy in ENGINE_PACKAGES:
-        found = len(detect.probe().gpus)
+        found = len(detect.visible_gpus())
         if found < cluster.gpus_per_node:
             raise ClusterError(
                 f"cluster.gpus_per_node={cluster.gpus_per_node} of {cluster.gpu.name} are planned and this host "

@@ -28,7 +28,7 @@ def devices(job: Job, *, given: str | None = None) -> int | None:
     try:
         if job.submit.preflight:
             return _hide_sick(job, given)
-        return len(detect.probe().gpus)
+        return len(detect.visible_gpus())
     except ClusterError:  # CUDA_VISIBLE_DEVICES names only devices that are lost
         return 0
 
@@ -37,7 +37,7 @@ def _hide_sick(job: Job, given: str | None) -> int:
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if given is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = given
-    found = detect.probe().gpus
+    found = detect.visible_gpus()
     faults = {int(reading["index"]): gpus.sickness(reading) for reading in gpus.readings()}
     sound = [gpu.uuid for gpu in found if faults.get(gpu.index) is None]
     if len(sound) < len(found):

@@ -355,6 +355,7 @@ def test_a_plan_for_hardware_that_is_not_here(
     call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], says: str
 ) -> None:
     monkeypatch.setattr("launcher.cluster.detect.probe", lambda: Machine(gpus=(), num_cores=1, memory_gib=1))
+    monkeypatch.setattr("launcher.cluster.detect.visible_gpus", lambda: ())
     check(call("train", "model=llama3_8b", *words, "run_dir=run"), Case((), CLUSTER, says))
 
 
