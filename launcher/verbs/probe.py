@@ -14,18 +14,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher import compose, torchrun
 from launcher.cluster import detect, network
 from launcher.cluster.fit import to_cluster
 from launcher.cluster.spec import ClusterSpec, Measured
 from launcher.decode import decode, encode
-from launcher.errors import FINISHED, ClusterError, ConfigError
+from launcher.errors import FINISHED, ClusterError
 from launcher.output import Output
 from launcher.submit import local
-from launcher.verbs import cluster_file, preflight, tune
-from strategies.names import suggest
+from launcher.verbs import cluster_file, preflight, tune, words
 
 WORKER = "launcher.verbs.probe_worker"
 FAULT = "probe fault: "  # what the worker writes before its one sentence
@@ -90,23 +87,12 @@ def run(arguments: Sequence[str]) -> Probed | None:
 
 def read(arguments: Sequence[str]) -> tuple[ProbeRequest, ClusterSpec]:
     """Split the words into the verb's own and those that describe the cluster."""
-    own: dict[str, Any] = {}
-    words = []
     keys = list(ProbeRequest.__dataclass_fields__)
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key in keys and equals:
-            own[key] = yaml.safe_load(value)
-        elif key == "cluster" or key.startswith("cluster."):
-            words.append(argument)
-        else:
-            raise ConfigError(
-                f"'{argument}' is not a word of `probe`; {suggest(key, [*keys, 'cluster', 'preflight', 'nccl'])}"
-            )
+    own, described = words.of_cluster("probe", arguments, own=keys, known=("preflight", "nccl"))
     request = decode(ProbeRequest, own)
     if request.num_processes is not None:
-        words.append(f"cluster.gpus_per_node={request.num_processes}")
-    [job] = compose.jobs(words)
+        described.append(f"cluster.gpus_per_node={request.num_processes}")
+    [job] = compose.jobs(described)
     return request, job.cluster
 
 

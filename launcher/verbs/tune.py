@@ -15,8 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher import compose
 from launcher.cluster import nccl, nccl_trial
 from launcher.cluster.nccl_trial import Candidate, Outcome
@@ -26,8 +24,7 @@ from launcher.errors import FINISHED, ClusterError, ConfigError
 from launcher.output import Output
 from launcher.submit import gang
 from launcher.submit.gang import Member, Place
-from launcher.verbs import cluster_file
-from strategies.names import suggest
+from launcher.verbs import cluster_file, words
 
 WORKER = "launcher.verbs.tune_worker"
 VERB = "probe nccl"
@@ -99,28 +96,16 @@ def tune(arguments: list[str], output: Output) -> int:
 
 def read(arguments: Sequence[str]) -> tuple[Request, ClusterSpec]:
     """Split the words into the verb's own and those that describe the cluster."""
-    own: dict[str, Any] = {}
-    tried, words = [], []
     keys = [key for key in Request.__dataclass_fields__ if key != "candidates"]
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if key == "try" and equals:
-            try:
-                tried.append(nccl_trial.parse(value))
-            except ValueError as error:
-                raise ConfigError(
-                    f"{error}; a candidate is try=NCCL_ALGO=Tree, or several variables"
-                ) from error
-        elif key in keys and equals:
-            own[key] = yaml.safe_load(value)
-        elif key == "cluster" or key.startswith("cluster."):
-            words.append(argument)
-        else:
-            raise ConfigError(
-                f"'{argument}' is not a word of `{VERB}`; {suggest(key, [*keys, 'try', 'cluster'])}"
-            )
-    request = replace(decode(Request, own), candidates=tuple(tried))
-    [job] = compose.jobs(words)
+    tried = [word for word in arguments if word.startswith("try=")]
+    rest = [word for word in arguments if word not in tried]
+    own, described = words.of_cluster(VERB, rest, own=keys, known=("try",))
+    try:
+        candidates = tuple(nccl_trial.parse(word.removeprefix("try=")) for word in tried)
+    except ValueError as error:
+        raise ConfigError(f"{error}; a candidate is try=NCCL_ALGO=Tree, or several variables") from error
+    request = replace(decode(Request, own), candidates=candidates)
+    [job] = compose.jobs(described)
     return request, job.cluster
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from launcher import compose, run_dir
 from launcher.cluster import nccl
@@ -12,6 +15,7 @@ from launcher.config import Job, SweepConfig
 from launcher.errors import ConfigError
 from launcher.output import Output, print_line
 from launcher.run_dir import RunDir
+from strategies.names import suggest
 
 WHY, SENSITIVITY = "--why", "--sensitivity"  # flags of `plan` alone
 _ASKING = {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i"}
@@ -62,6 +66,24 @@ def open_run(verb: str, arguments: Sequence[str]) -> RunDir:
     if len(arguments) != 1:
         raise ConfigError(f"`meshwright {verb}` takes one run directory, not {len(arguments)} words")
     return run_dir.open_run(Path(arguments[0]).expanduser())
+
+
+def of_cluster(
+    verb: str, arguments: Sequence[str], *, own: Sequence[str], known: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a verb's own keys, and the words that describe the cluster; `known` are other good words."""
+    values: dict[str, Any] = {}
+    described = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in own and equals:
+            values[key] = yaml.safe_load(value)
+        elif key == "cluster" or key.startswith("cluster."):
+            described.append(argument)
+        else:
+            hint = suggest(key, [*own, *known, "cluster"])
+            raise ConfigError(f"'{argument}' is not a word of `{verb}`; {hint}")
+    return values, described
 
 
 def names_a_run(arguments: Sequence[str]) -> bool:

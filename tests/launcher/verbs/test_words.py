@@ -60,3 +60,10 @@ def test_a_run_directory_is_the_only_word(arguments: list[str], sentence: str) -
 def test_what_is_no_run_directory_is_said(tmp_path: Path) -> None:
     with pytest.raises(RunDirError, match=str(tmp_path)):
         words.open_run("show", [str(tmp_path)])
+
+
+def test_values_of_a_verb_stand_apart_from_words_of_the_cluster() -> None:
+    given = ["rounds=3", "cluster=local", "cluster.gpus_per_node=2"]
+    assert words.of_cluster("probe x", given, own=["rounds"]) == ({"rounds": 3}, given[1:])
+    with pytest.raises(ConfigError, match=r"'round=3' is not a word of `probe x`; did you mean 'rounds'"):
+        words.of_cluster("probe x", ["round=3"], own=["rounds"], known=["nccl"])
