@@ -88,9 +88,8 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], *, load
     state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA))
     every = state.values() if len(getattr(optimizer, "chained_optimizers", ())) > 1 else [state]
     for each in every:
-        if (
-            each.get("param_state", state) is None
-        ):  # not where shares meet; upstream would take it for a difference
+        # Ranks where no shares meet have none, which upstream would take for a difference between them.
+        if "param_state" in each and each["param_state"] is None:
             del each["param_state"]
     return state
 

@@ -81,8 +81,7 @@ class Snapshots:
         frozen = []
         for each, table, group in zip(checkpoints.sharded(optimizer), tables, self._groups, strict=True):
             one = copy.copy(each)
-            words = copy.deepcopy(each.state_dict())
-            one.state_dict = partial(copy.deepcopy, words)
+            one.state_dict = partial(dict, copy.deepcopy(each.state_dict()))
             one._get_main_param_and_optimizer_states = table.__getitem__
             one.data_parallel_group_gloo = group
             frozen.append(one)
