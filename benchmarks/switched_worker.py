@@ -51,6 +51,12 @@ class Switched:
     def write(self, metrics: StepMetrics) -> None:
         if watching():
             self._sink.write(metrics)
+            # What still waits would be passed on at the cost of the next block.
+            if (len(_ends) + 1) % BLOCK == 0:
+                self._sink.flush()
+
+    def flush(self) -> None:
+        self._sink.flush()
 
     def close(self) -> None:
         self._sink.close()

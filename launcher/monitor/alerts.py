@@ -89,6 +89,9 @@ class Alerts:
             self._slow_samples[rank] = self._slow_samples.get(rank, 0) + 1 if slow else 0
         self._newest, self._newest_at = metrics, time.monotonic()
 
+    def flush(self) -> None:
+        """Nothing waits here."""
+
     def close(self) -> None:
         """Look a last time, and stop watching."""
         self._done.set()

@@ -185,7 +185,7 @@ def flops_utilisation(
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a step, each on disk before the next step begins. Rank 0 only."""
+    """metrics.jsonl: one JSON object a step, each handed to the system before the next step begins. Rank 0 only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -201,6 +201,13 @@ class MetricsFile:
         try:
             self._file.write(_line(metrics.record()))
             self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+    def flush(self) -> None:
+        """Have the system put all steps so far on the disk."""
+        try:
+            os.fsync(self._file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 

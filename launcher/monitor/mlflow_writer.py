@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,16 +14,14 @@ from launcher.monitor.metrics import StepMetrics, scalars
 
 _AT_ONCE = 1000  # points in a request; MLflow takes no more
 _PARAMETERS_AT_ONCE = 100
-_WAITING = 10_000  # steps; a server that is so far behind never catches up
-_PATIENCE_S = 60.0
 _LONGEST = 300  # letters of a fault
 
 
 class MlflowWriter:
-    """A thread speaks to MLflow, in order, so that no step waits for a server.
+    """MLflow takes nothing back.
 
-    MLflow takes nothing back. So a run that was not closed behind the newest step that counts is told anew from
-    metrics.jsonl, with its tags, and the old one is deleted (MLflow keeps those in its bin).
+    So a run that was not closed behind the newest step that counts is told anew from metrics.jsonl, with its tags,
+    and the old one is deleted (MLflow keeps those in its bin).
     """
 
     def __init__(
@@ -51,41 +47,14 @@ class MlflowWriter:
         name = directory.absolute().parent.name
         with self._speaking():
             self._run_id = self._open(experiment, name, settings, plan, history)
-        self._fault: Exception | None = None
-        self._steps: queue.Queue[StepMetrics | None] = queue.Queue(_WAITING)
-        self._thread = threading.Thread(target=self._send, name="meshwright-mlflow", daemon=True)
-        self._thread.start()
 
-    def write(self, metrics: StepMetrics) -> None:
-        if self._fault is not None:
-            raise self._fault
-        try:
-            self._steps.put_nowait(metrics)
-        except queue.Full:
-            raise RuntimeError(f"the server is {_WAITING} steps behind") from None
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        with self._speaking():
+            self._log(self._run_id, steps)
 
     def close(self) -> None:
-        with suppress(queue.Full):
-            self._steps.put(None, timeout=_PATIENCE_S if self._fault is None else 0)
-        self._thread.join(timeout=_PATIENCE_S)
-        if self._fault is not None:
-            raise self._fault
-        if not self._thread.is_alive():  # else the next start tells the run anew
-            with self._speaking():
-                self._client.set_terminated(self._run_id)
-
-    def _send(self) -> None:
-        last = False
-        while not last and self._fault is None:
-            waiting = [self._steps.get()]
-            while not self._steps.empty():
-                waiting.append(self._steps.get())
-            last = None in waiting
-            try:
-                with self._speaking():
-                    self._log(self._run_id, [metrics for metrics in waiting if metrics is not None])
-            except RuntimeError as error:
-                self._fault = error
+        with self._speaking():
+            self._client.set_terminated(self._run_id)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:

@@ -42,6 +42,9 @@ class Reporter:
             except OSError:
                 self._has_reader = False  # nobody reads any more; training goes on
 
+    def flush(self) -> None:
+        """Nothing waits here."""
+
     def close(self) -> None:
         """Take the bar away; closing twice is fine."""
         if self._bar:

@@ -20,12 +20,14 @@ class Exposition:
     def __init__(self, *, run: str, history: Sequence[StepMetrics]) -> None:
         self._run = run
         self._newest: dict[str, Any] = {}
-        for past in history[-1000:]:
-            self.take(past)
+        self.take(history[-1000:])
 
-    def take(self, metrics: StepMetrics) -> None:
-        """Show this step from now on."""
-        self._newest = {**self._newest, **metrics.record()}  # a new one: a scrape may be reading the old one
+    def take(self, steps: Sequence[StepMetrics]) -> None:
+        """Show the last of these steps from now on."""
+        newest = dict(self._newest)  # a new one: a scrape may be reading the old one
+        for metrics in steps:
+            newest.update(metrics.record())
+        self._newest = newest
 
     def registry(self) -> Any:
         """Return a registry of prometheus_client that holds nothing but this run."""
@@ -75,8 +77,8 @@ class Endpoint:
         url_file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(url_file, f"http://{host}:{self._server.server_port}/metrics\n")
 
-    def write(self, metrics: StepMetrics) -> None:
-        self._exposition.take(metrics)
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        self._exposition.take(steps)
 
     def close(self) -> None:
         self._url_file.unlink(missing_ok=True)
@@ -96,8 +98,8 @@ class Textfile:
         self._written = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def write(self, metrics: StepMetrics) -> None:
-        self._exposition.take(metrics)
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        self._exposition.take(steps)
         if time.monotonic() - self._written >= _FILE_EVERY_S:
             self._flush()
 

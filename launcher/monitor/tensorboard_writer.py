@@ -42,18 +42,22 @@ class TensorBoardWriter:
         # One step earlier than what the mark hides, or the next start would hide the text.
         self._append(step=first_step - 1, summary=self._summary(value=[_plan_text(plan)]))
         self._append(step=first_step - 1, summary=summary_v2.hparams_pb(hyper_parameters(settings, plan)))
+        self._records.flush()
 
-    def write(self, metrics: StepMetrics) -> None:
-        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(metrics).items()]
-        values += [_histogram(name, counts) for name, counts in (metrics.histograms or {}).items()]
-        self._append(step=metrics.step, wall_time=metrics.time, summary=self._summary(value=values))
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        for metrics in steps:
+            values = [
+                self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(metrics).items()
+            ]
+            values += [_histogram(name, counts) for name, counts in (metrics.histograms or {}).items()]
+            self._append(step=metrics.step, wall_time=metrics.time, summary=self._summary(value=values))
+        self._records.flush()
 
     def close(self) -> None:
         self._records.close()
 
     def _append(self, **values: Any) -> None:
         self._records.write(self._event(**{"wall_time": time.time(), **values}).SerializeToString())
-        self._records.flush()
 
 
 def _histogram(name: str, counts: Mapping[str, int]) -> Any:

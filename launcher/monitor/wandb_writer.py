@@ -101,11 +101,14 @@ class WandbWriter:
         self._refer("plan", [self._run_dir / "plan.json"])
         self._catch_up(Outbox(directory, repeat_s=0).told(), history=history, offline=mode == "offline")
 
-    def write(self, metrics: StepMetrics) -> None:
-        if metrics.step >= self._first_step:
-            drawings = {name: self._histogram(counts) for name, counts in (metrics.histograms or {}).items()}
-            told = {**scalars(metrics), **drawings, "_timestamp": metrics.time}
-            self._run.log(told, step=metrics.step, commit=True)
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        for metrics in steps:
+            if metrics.step >= self._first_step:
+                drawings = {
+                    name: self._histogram(counts) for name, counts in (metrics.histograms or {}).items()
+                }
+                told = {**scalars(metrics), **drawings, "_timestamp": metrics.time}
+                self._run.log(told, step=metrics.step, commit=True)
 
     def _histogram(self, counts: Mapping[str, int]) -> Any:
         borders, numbers = drawn(counts)
@@ -148,8 +151,7 @@ class WandbWriter:
 
         W&B cannot resume offline: there the new file holds the whole run and replaces earlier ones.
         """
-        for past in history:
-            self.write(past)
+        self.write(history)
         if offline:
             current = Path(self._run.dir).resolve().parent
             for stale in (directory / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"):

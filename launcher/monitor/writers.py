@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from launcher.monitor.bursts import Bursts, Writer
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics, sentence
 from launcher.monitor.mlflow_writer import MlflowWriter
@@ -19,10 +20,13 @@ WANDB = "W&B"
 _log = logging.getLogger(__name__)
 
 
-class Writer(Protocol):
+class Sink(Protocol):
     """Takes every finished step, in order."""
 
     def write(self, metrics: StepMetrics) -> None: ...
+
+    def flush(self) -> None:
+        """Keep what was written: a checkpoint follows, from which the run may have to go on."""
 
     def close(self) -> None: ...
 
@@ -122,36 +126,32 @@ def _exposed(
 
 
 class Writers:
-    """Several writers as one. One that fails is dropped with a single line, because training matters more."""
+    """Several writers as one sink, each behind a thread of its own."""
 
     def __init__(self, writers: Mapping[str, Writer]) -> None:
-        self._writers = dict(writers)
+        self._writers = {name: Bursts(name, writer) for name, writer in writers.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Those still in use."""
-        return tuple(self._writers)
+        return tuple(name for name, bursts in self._writers.items() if not bursts.is_off)
 
     def write(self, metrics: StepMetrics) -> None:
         """Pass one step on."""
-        for name, writer in list(self._writers.items()):
-            try:
-                writer.write(metrics)
-            except Exception as error:
-                _log.warning("%s is off from step %d on: %s", name, metrics.step, sentence(error))
-                del self._writers[name]
+        for bursts in self._writers.values():
+            bursts.write(metrics)
+
+    def flush(self) -> None:
+        """Return once all writers have every step."""
+        for bursts in self._writers.values():
+            bursts.flush()
 
     def announce(self, title: str, text: str) -> None:
         """Pass an alert on to W&B, which mails it or posts it where its owner said."""
-        writer = self._writers.get(WANDB)
-        if isinstance(writer, WandbWriter):
+        if WANDB in self.names and isinstance(writer := self._writers[WANDB].writer, WandbWriter):
             writer.alert(title, text)
 
     def close(self) -> None:
         """Flush and close all; closing twice is fine."""
-        while self._writers:
-            name, writer = self._writers.popitem()
-            try:
-                writer.close()
-            except Exception as error:
-                _log.warning("%s could not be closed: %s", name, sentence(error))
+        for bursts in self._writers.values():
+            bursts.close()

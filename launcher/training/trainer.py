@@ -22,7 +22,7 @@ from launcher.monitor.observe import Looks, Observer, Setting
 from launcher.monitor.spikes import SpikeRule
 from launcher.monitor.system import peak_memory_gib
 from launcher.monitor.tracing import Profiler, Tracing
-from launcher.monitor.writers import Writer
+from launcher.monitor.writers import Sink
 from launcher.run_dir import RunDir
 from launcher.training.cadence import Cadence
 from launcher.training.saver import Position, RandomState, Saver
@@ -62,7 +62,7 @@ class Trainer:
     ranks: Ranks
     process: Process
     versions: dict[str, str]
-    sinks: Sequence[Writer] = ()  # where finished steps go; empty on all ranks but 0
+    sinks: Sequence[Sink] = ()  # where finished steps go; empty on all ranks but 0
     step: int = 0
     consumed_samples: int = 0
     _step_times: list[float] = field(default_factory=list)
@@ -141,6 +141,8 @@ class Trainer:
         last = stopping or self.step == self.job.training.num_steps
         if stopping:
             self._saver.warn_of_grace()
+        for sink in self.sinks:  # a start that goes on from here finds every step before it in all of them
+            sink.flush()
         position = Position(step=self.step, consumed_samples=self.consumed_samples)
         stall_s = self._saver.save(position, last=last)
         self._cadence.measured(save_s=stall_s, step_s=statistics.median(self._step_times))

@@ -40,7 +40,7 @@ from launcher.monitor import log
 from launcher.monitor.alerts import Alerts, Outbox
 from launcher.monitor.metrics import MetricsFile, truncate_after
 from launcher.monitor.progress import Reporter
-from launcher.monitor.writers import About, Writer, open_writers
+from launcher.monitor.writers import About, Sink, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
@@ -194,7 +194,7 @@ def _train(trainer: Trainer, run: RunDir, job: Job, ranks: Ranks) -> None:
             sink.close()
 
 
-def _open_sinks(run: RunDir, job: Job, *, start_step: int) -> tuple[Writer, ...]:
+def _open_sinks(run: RunDir, job: Job, *, start_step: int) -> tuple[Sink, ...]:
     """metrics.jsonl, the configured writers and the console; what a later step left there is taken back."""
     history = truncate_after(run.metrics_file, step=start_step)
     about = About(directory=run.metrics, settings=encode(job), plan=run.plan_data())

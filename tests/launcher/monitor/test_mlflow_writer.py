@@ -34,7 +34,7 @@ for resume_at, last, loss, how in json.loads(sys.argv[2]):
             learning_rate=1e-3, step_time_s=0.5, tokens_per_s_per_gpu=1.0, memory_gib=1.0, straggler_score={"0": 1.0})
         kept.write(metrics)
         writers.write(metrics)
-    sink = writers._writers["MLflow"]
+    sink = writers._writers["MLflow"].writer
     ids.append(sink._run_id)
     if how == "noted":
         sink._client.set_tag(sink._run_id, "mlflow.note.content", "look here")

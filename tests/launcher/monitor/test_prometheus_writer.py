@@ -42,8 +42,7 @@ def test_a_scrape_has_the_newest_step_and_what_was_sampled_before(
     tmp_path: Path, endpoint: Endpoint, steps: SimpleNamespace
 ) -> None:
     assert samples(scrape(tmp_path / "prometheus.url")) == {}
-    endpoint.write(steps.at(1, straggler_score={"0": 0.5, "1": 2.0}, restarts=1))
-    endpoint.write(steps.at(2, loss=1.25))
+    endpoint.write([steps.at(1, straggler_score={"0": 0.5, "1": 2.0}, restarts=1), steps.at(2, loss=1.25)])
     text = scrape(tmp_path / "prometheus.url")
     found = samples(text)
     run = ("run", "one")
@@ -78,9 +77,9 @@ def test_a_restart_shows_what_was_kept_before_its_first_step(tmp_path: Path, ste
 def test_the_text_file_follows(tmp_path: Path, steps: SimpleNamespace) -> None:
     path = tmp_path / "meshwright.prom"
     writer = Textfile(Exposition(run="one", history=[]), path=path)
-    writer.write(steps.at(1))
+    writer.write([steps.at(1)])
     assert samples(path.read_text())["meshwright_step", (("run", "one"),)] == 1
-    writer.write(steps.at(2))
+    writer.write([steps.at(2)])
     writer.close()
     assert samples(path.read_text())["meshwright_step", (("run", "one"),)] == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["meshwright.prom"]

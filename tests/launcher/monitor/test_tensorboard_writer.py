@@ -17,8 +17,7 @@ ONLY_TENSORBOARD = MonitorConfig(wandb=False)
 def test_tensorboard_shows_every_scalar_once(tmp_path: Path, steps: SimpleNamespace) -> None:
     writer = TensorBoardWriter(tmp_path, history=[], settings={}, plan={})
     full = replace(steps.first, mfu=0.4, validation_loss=2.75, straggler_score={"0": 1.0, "1": 2.5})
-    writer.write(full)
-    writer.write(steps.at(2, loss=2.0))
+    writer.write([full, steps.at(2, loss=2.0)])
     writer.close()
     tags = [
         "train/loss",
@@ -43,8 +42,7 @@ def test_tensorboard_draws_histograms(tmp_path: Path, steps: SimpleNamespace) ->
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = TensorBoardWriter(tmp_path, history=[], settings={}, plan={})
-    writer.write(steps.at(1, histograms={"gradients/a": {"70": 3, "72": 1}}))
-    writer.write(steps.at(2))
+    writer.write([steps.at(1, histograms={"gradients/a": {"70": 3, "72": 1}}), steps.at(2)])
     writer.close()
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
     events.Reload()
@@ -54,9 +52,9 @@ def test_tensorboard_draws_histograms(tmp_path: Path, steps: SimpleNamespace) ->
     assert list(told.histogram_value.bucket_limit) == list(BORDERS[70:73])
 
 
-def test_tensorboard_points_are_on_disk_at_once(tmp_path: Path, steps: SimpleNamespace) -> None:
+def test_tensorboard_points_of_a_burst_are_on_disk_behind_it(tmp_path: Path, steps: SimpleNamespace) -> None:
     writer = TensorBoardWriter(tmp_path, history=[], settings={}, plan={})
-    writer.write(steps.first)
+    writer.write([steps.first])
     assert steps.tensorboard_points(tmp_path, "train/loss") == [(1, 2.5)]
     writer.close()
 

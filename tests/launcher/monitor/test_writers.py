@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -44,45 +44,31 @@ def test_disabled_writers_leave_no_trace(tmp_path: Path, steps: SimpleNamespace)
 
 
 class Broken:
-    def __init__(self) -> None:
-        self.calls = 0
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        raise OSError("disk full")
 
-    def write(self, metrics: StepMetrics) -> None:
-        self.calls += 1
-        raise OSError("disk\nfull")
-
-    def close(self) -> None:
-        raise OSError("still full")
+    def close(self) -> None: ...
 
 
 class Collecting:
     def __init__(self) -> None:
         self.steps: list[int] = []
 
-    def write(self, metrics: StepMetrics) -> None:
-        self.steps.append(metrics.step)
+    def write(self, steps: Sequence[StepMetrics]) -> None:
+        self.steps += [metrics.step for metrics in steps]
 
     def close(self) -> None: ...
 
 
-def test_a_writer_that_fails_is_dropped_and_the_others_go_on(
-    caplog: pytest.LogCaptureFixture, steps: SimpleNamespace
-) -> None:
-    broken, collecting = Broken(), Collecting()
-    writers = Writers({"broken": broken, "collecting": collecting})
+def test_a_writer_that_fails_is_dropped_and_the_others_go_on(steps: SimpleNamespace) -> None:
+    collecting = Collecting()
+    writers = Writers({"broken": Broken(), "collecting": collecting})
     for step in (1, 2, 3):
         writers.write(steps.at(step, loss=1.0))
-    writers.close()
-    assert broken.calls == 1
+    writers.flush()
+    assert writers.names == ("collecting",)
     assert collecting.steps == [1, 2, 3]
-    assert [record.getMessage() for record in caplog.records] == ["broken is off from step 1 on: disk full"]
-
-
-def test_a_failing_close_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    Writers({"broken": Broken()}).close()
-    assert caplog.record_tuples == [
-        ("launcher.monitor.writers", logging.WARNING, "broken could not be closed: still full")
-    ]
+    writers.close()
 
 
 def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path) -> None:
@@ -108,15 +94,12 @@ def test_a_step_late_in_a_run_costs_no_more_than_an_early_one(
 ) -> None:
     writers = open_writers(MonitorConfig(), about=steps.about(tmp_path), history=[])
     assert writers.names == ("TensorBoard", "W&B")
-    durations = cost_of(writers, written=[steps.at(step, loss=1.0 / step) for step in range(1, 1001)])
-    writers.close()
-    assert median(durations[-300:]) < 5 * median(durations[:300])
-
-
-def cost_of(writers: Writers, *, written: list[StepMetrics]) -> list[float]:
     durations = []
-    for metrics in written:
+    for first in range(1, 1001, 50):
         begin = time.perf_counter()
-        writers.write(metrics)
+        for step in range(first, first + 50):
+            writers.write(steps.at(step, loss=1.0 / step))
+        writers.flush()
         durations.append(time.perf_counter() - begin)
-    return durations
+    writers.close()
+    assert median(durations[-6:]) < 5 * median(durations[:6])

@@ -58,9 +58,13 @@ class Kept:
 
     def __init__(self) -> None:
         self.steps: list[StepMetrics] = []
+        self.flushed: list[int] = []  # the newest step of each flush
 
     def write(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
+
+    def flush(self) -> None:
+        self.flushed.append(self.steps[-1].step)
 
     def close(self) -> None: ...
 
@@ -188,6 +192,9 @@ def test_checkpoints_come_when_due_and_at_the_end(make: Callable[..., Trainer]) 
     saved = [json.loads((path / "manifest.json").read_text()) for path in trainer._saver.tiers.committed()]
     assert [manifest["step"] for manifest in saved] == [10, 8, 4]
     assert [manifest["consumed_samples"] for manifest in saved] == [80, 64, 32]
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    assert sink.flushed == [4, 8, 10], "what a restart goes on from has to be in all sinks first"
 
 
 def test_a_resumed_run_repeats_the_losses_exactly(make: Callable[..., Trainer]) -> None:
