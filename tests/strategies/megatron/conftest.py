@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
 from strategies import hf
-from strategies.megatron import network
+from strategies.megatron import MegatronStrategy, network
 from strategies.model_spec import ModelSpec
-from strategies.spec import TrainingSpec
+from strategies.spec import Plan, TrainingSpec
 
 MODEL = ModelSpec(
     name="tiny",
@@ -47,3 +49,35 @@ def alone() -> Iterator[None]:
     network.leave_groups()  # a failed test did not
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def start(alone: None, tiny_weights: Path) -> Callable[..., MegatronStrategy]:
+    """`start(zero_stage=0)`: a strategy at its seeded start; one at a time, who asked for it tears it down."""
+
+    def start(zero_stage: int = 0) -> MegatronStrategy:
+        plan = Plan(
+            strategy="megatron",
+            dp=1,
+            micro_batch_size=2,
+            num_microbatches=2,
+            precision="fp32",
+            zero_stage=zero_stage,
+        )
+        strategy = MegatronStrategy()
+        strategy.setup(plan, MODEL, TRAINING, tiny_weights)
+        return strategy
+
+    return start
+
+
+@pytest.fixture
+def losses() -> Callable[..., list[float]]:
+    """`losses(strategy, steps=1)`: train on one and the same batch, and say what each step's loss was."""
+    draw = np.random.default_rng(5)
+    batches: Any = [draw.integers(0, 60, (2, 9)) for _ in range(2)]
+
+    def losses(strategy: MegatronStrategy, steps: int = 1) -> list[float]:
+        return [strategy.train_step(batches, learning_rate=1e-2).loss for _ in range(steps)]
+
+    return losses
