@@ -23,24 +23,6 @@ from strategies.spec import Plan, TrainingSpec
 PLAN = Plan(strategy="fake", dp=1, precision="fp32")
 
 
-class Alone:
-    """One rank, without torch."""
-
-    rank, world_size, local_rank = 0, 1, 0
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def separate(self) -> Alone:
-        return self
-
-
 class Copying(FakeStrategy):
     """Takes copies, and writes them when it is let."""
 
@@ -63,7 +45,9 @@ class Copying(FakeStrategy):
 
 
 @pytest.fixture
-def make(tmp_path: Path, tiny_model: ModelSpec, training: TrainingSpec) -> Callable[..., Saver]:
+def make(
+    tmp_path: Path, tiny_model: ModelSpec, training: TrainingSpec, alone: Callable[[], Any]
+) -> Callable[..., Saver]:
     run = RunDir(path=tmp_path / "run")
     for folder in (run.metrics, run.checkpoints, run.logs):
         folder.mkdir(parents=True)
@@ -78,14 +62,13 @@ def make(tmp_path: Path, tiny_model: ModelSpec, training: TrainingSpec) -> Calla
             cluster=SimpleNamespace(gpus_per_node=1),
         )
         dataset: Any = SimpleNamespace(content_hash="abc")
-        ranks: Any = Alone()
         return Saver(
             run=run,
             job=job,
             plan=PLAN,
             dataset=dataset,
             strategy=strategy,
-            ranks=ranks,
+            ranks=alone(),
             random=RandomState(get=lambda: {"seed": 7}, set=lambda state: None),
             versions={},
         )

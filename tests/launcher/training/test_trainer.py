@@ -30,29 +30,6 @@ from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec
 
 
-class Alone:
-    """One rank, without torch."""
-
-    rank, world_size, local_rank = 0, 1, 0
-
-    def barrier(self) -> None: ...
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def maximum(self, value: float) -> float:
-        return value
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
-
-    def separate(self) -> Alone:
-        return self
-
-
 class Kept:
     """A sink that remembers."""
 
@@ -118,7 +95,7 @@ def job(tiny_model: ModelSpec, training: TrainingSpec) -> Job:
 
 
 @pytest.fixture
-def make(tmp_path: Path, job: Job, dataset: TokenDataset) -> Callable[..., Trainer]:
+def make(tmp_path: Path, job: Job, dataset: TokenDataset, alone: Callable[[], Any]) -> Callable[..., Trainer]:
     run = RunDir(path=tmp_path / "run")
     for folder in (run.metrics, run.checkpoints, run.logs):
         folder.mkdir(parents=True)
@@ -129,14 +106,13 @@ def make(tmp_path: Path, job: Job, dataset: TokenDataset) -> Callable[..., Train
         plan = Plan(strategy="fake", dp=1, micro_batch_size=4, num_microbatches=2, precision="fp32")
         strategy = FakeStrategy()
         strategy.setup(plan, changed.model, changed.training, run.weights)
-        ranks: Any = Alone()
         return Trainer(
             run=run,
             job=changed,
             plan=plan,
             dataset=dataset,
             strategy=strategy,
-            ranks=ranks,
+            ranks=alone(),
             process=NO_RANDOMNESS,
             versions={},
             sinks=(Kept(),),
