@@ -23,8 +23,8 @@ import yaml
 from benchmarks import record
 from launcher.decode import decode
 from launcher.planner.cost import GIB
-from launcher.planner.memory import MemoryModel
-from launcher.planner.stages import stages_of
+from launcher.planner.price.memory import MemoryModel
+from launcher.planner.price.stages import stages_of
 from strategies import hf
 from strategies.deepspeed import CAPABILITIES
 from strategies.model_spec import ModelSpec

@@ -26,9 +26,9 @@ from benchmarks import record
 from benchmarks.published import Case, case_of
 from launcher.cluster.efficiency import Efficiency
 from launcher.planner.cost import MemoryCost
-from launcher.planner.estimate import Estimator
-from launcher.planner.stages import StageShape
-from launcher.planner.step_time import StepTimer
+from launcher.planner.price.estimate import Estimator
+from launcher.planner.price.stages import StageShape
+from launcher.planner.price.step_time import StepTimer
 
 FOLDER = Path(__file__).parent.parent / "hydra_configs" / "efficiency"
 # GPU kinds by the words of their names, and the architecture whose parameters they share.

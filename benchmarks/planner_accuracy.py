@@ -22,9 +22,9 @@ from typing import Any
 from benchmarks import record
 from benchmarks.published import FAULTS, Case, case_of
 from benchmarks.published_memory import memory_kind, predicted_memory_gib
-from launcher.planner.compute import peak_flops
 from launcher.planner.cost import CostBreakdown
-from launcher.planner.estimate import Estimator, usable_bytes
+from launcher.planner.price.compute import peak_flops
+from launcher.planner.price.estimate import Estimator, usable_bytes
 
 _SMALLEST_GROUP = 4  # plans, below which a rank correlation says nothing
 _BASELINE_SHARE = 0.45  # of the peak: the one-line formula

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from launcher.cluster.spec import ClusterSpec
 from launcher.planner.cost import GIB, MemoryCost
-from launcher.planner.estimate import usable_bytes
-from launcher.planner.memory import MemoryModel
-from launcher.planner.stages import stages_of
+from launcher.planner.price.estimate import usable_bytes
+from launcher.planner.price.memory import MemoryModel
+from launcher.planner.price.stages import stages_of
 from strategies.base import Capabilities, Execution, StateBytes
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, Recompute, TrainingSpec

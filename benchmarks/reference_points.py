@@ -21,14 +21,14 @@ import strategies
 from benchmarks import record
 from benchmarks.published import Case, case_of
 from benchmarks.reference_cases import Point, bridge_points, fixed_points
-from launcher.planner.calibrated import estimator_of
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, parts
-from launcher.planner.estimate import usable_bytes
-from launcher.planner.order import TIE, ordered
+from launcher.planner.price.calibrated import estimator_of
+from launcher.planner.price.estimate import usable_bytes
 from launcher.planner.problem import check_problem
-from launcher.planner.space import Space
-from launcher.planner.sweep import sweep
-from launcher.planner.tables import describe, differences, key_of, split_text
+from launcher.planner.search.order import TIE, ordered
+from launcher.planner.search.sweep import sweep
+from launcher.planner.space.plans import Space
+from launcher.planner.words.tables import describe, differences, key_of, split_text
 from strategies.base import Capabilities
 from strategies.spec import Plan
 

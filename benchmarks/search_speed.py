@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import record
 from launcher import compose
 from launcher.planner import Problem, Ranking, achieve
-from launcher.planner.tables import describe
+from launcher.planner.words.tables import describe
 
 CASES = {
     "llama3_405b on 16,384 H100": (

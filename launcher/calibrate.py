@@ -13,9 +13,9 @@ import strategies
 from launcher.config import Job
 from launcher.errors import ConfigError, RunDirError
 from launcher.planner.calibration import Calibration
-from launcher.planner.estimate import process_bytes
+from launcher.planner.price.estimate import process_bytes
 from launcher.planner.problem import PlanRequest, Problem
-from launcher.planner.search import predict
+from launcher.planner.search.ranking import predict
 from launcher.run_dir import RunDir, open_run, since_replanned
 
 LEAST = 3  # runs of a folder, of which the one in the middle is no chance

@@ -11,8 +11,8 @@ from launcher.cluster.spec import ClusterSpec
 from launcher.data.config import DataConfig
 from launcher.monitor.config import MonitorConfig
 from launcher.planner.calibration import Calibration
-from launcher.planner.goals import Goal
 from launcher.planner.problem import PlanRequest
+from launcher.planner.search.goals import Goal
 from strategies.model_spec import ModelSpec
 from strategies.spec import TrainingSpec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-import launcher.planner.explain as explain
+import launcher.planner.words.explain as explain
 from launcher import compose, planner, provenance, replan, run_dir, torchrun
 from launcher.cluster import nccl
 from launcher.config import Job
@@ -18,7 +18,7 @@ from launcher.environments import catalogue
 from launcher.environments.interpreter import Interpreter
 from launcher.errors import ConfigError, RunDirError
 from launcher.output import Output
-from launcher.planner.tables import describe
+from launcher.planner.words.tables import describe
 from launcher.report.document import write as write_page
 from launcher.report.page import page
 from launcher.run_dir import RunDir

@@ -20,8 +20,8 @@ from launcher.config import Job
 from launcher.decode import decode, encode
 from launcher.errors import ConfigError
 from launcher.planner import Problem, Ranking
-from launcher.planner.explain import to_json
-from launcher.planner.goals import Goal
+from launcher.planner.search.goals import Goal
+from launcher.planner.words.explain import to_json
 from launcher.run_dir import RunDir
 from strategies.spec import Plan
 

@@ -13,7 +13,7 @@ from launcher.cluster.spec import ClusterSpec, GpuSpec, Link, Measured
 
 # FlashAttention-2, section 3.1: five products backward for two forward.
 _ATTENTION_BACKWARD = 2.5
-# Kernels of an eager layer as launcher/planner/compute.py counts them: 36 forward, one and a half times that backward.
+# Kernels of an eager layer as planner/price/compute.py counts them: 36 forward, one and a half times that backward.
 _LAYER_KERNELS = 36 * 2.5
 
 
@@ -102,7 +102,7 @@ def fit_attention(rows: Sequence[Mapping[str, Any]]) -> AttentionFit:
     """Fit the cost model of attention to timed sequences."""
     terms = []
     for row in rows:
-        # The shape that launcher/planner/compute.py gives attention beside the number of tiles.
+        # The shape that launcher/planner/price/compute.py gives attention beside the number of tiles.
         work = row["flops"] * (1 + 64 / row["length"]) * (1 + 32 / row["head_size"]) / 1.25
         terms.append([work, work / (row["length"] / 128 * row["heads"])])
     forward = fit(terms, [row["forward_s"] for row in rows])

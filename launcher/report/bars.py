@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from launcher.planner.cost import GIB, MemoryCost, parts
-from launcher.planner.tables import gib_text, seconds_text
+from launcher.planner.words.tables import gib_text, seconds_text
 from launcher.report.markup import box, label, legend, line, picture, table, ticks
 from launcher.report.style import hue
 

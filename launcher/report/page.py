@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from launcher import __version__
-from launcher.planner import by_engine, explain, sensitivity, why
-from launcher.planner.by_engine import Contest
 from launcher.planner.cost import GIB, parts
-from launcher.planner.estimate import usable_bytes
-from launcher.planner.explain import cost_of
+from launcher.planner.price.estimate import usable_bytes
+from launcher.planner.price.stage_costs import memory_by_stage
 from launcher.planner.problem import text_of
-from launcher.planner.run_words import run_words
-from launcher.planner.search import Ranking
-from launcher.planner.sensitivity import Shift
-from launcher.planner.stage_costs import memory_by_stage
-from launcher.planner.tables import (
+from launcher.planner.search.ranking import Ranking
+from launcher.planner.words import by_engine, explain, sensitivity, why
+from launcher.planner.words.by_engine import Contest
+from launcher.planner.words.explain import cost_of
+from launcher.planner.words.run_words import run_words
+from launcher.planner.words.sensitivity import Shift
+from launcher.planner.words.tables import (
     columns_of,
     describe,
     gib_text,
@@ -24,7 +24,7 @@ from launcher.planner.tables import (
     percent_text,
     seconds_text,
 )
-from launcher.planner.why import Answer
+from launcher.planner.words.why import Answer
 from launcher.report import bars, rank_map, scatter, timeline
 from launcher.report.document import document, section, tiles
 from launcher.report.markup import table, tag, text

@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.planner.cost import GIB, parts
-from launcher.planner.tables import describe, gib_text, percent_text, seconds_text
+from launcher.planner.words.tables import describe, gib_text, percent_text, seconds_text
 from launcher.report import bars, rank_map, timeline
 from launcher.report.document import document, section, tiles
 from launcher.report.history import history_chart

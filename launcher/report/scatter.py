@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.planner.cost import GIB, Candidate
-from launcher.planner.explain import cost_of
-from launcher.planner.tables import describe, gib_text
+from launcher.planner.words.explain import cost_of
+from launcher.planner.words.tables import describe, gib_text
 from launcher.report.markup import box, label, legend, line, picture, tag, text, ticks
 from launcher.report.style import hue
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.planner.cost import CostBreakdown
-from launcher.planner.schedule import Block, schedule
-from launcher.planner.tables import percent_text, seconds_text
+from launcher.planner.price.schedule import Block, schedule
+from launcher.planner.words.tables import percent_text, seconds_text
 from launcher.report.markup import label, legend, line, picture, table, tag, ticks
 from strategies.spec import Plan
 

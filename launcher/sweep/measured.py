@@ -11,7 +11,7 @@ from launcher import run_dir
 from launcher.decode import encode
 from launcher.errors import LauncherError, TrainingError
 from launcher.monitor.metrics import read
-from launcher.planner.tables import describe
+from launcher.planner.words.tables import describe
 from launcher.run_dir import RunDir
 from launcher.submit import slurm
 from launcher.submit.slurm import JobState

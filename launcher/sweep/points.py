@@ -12,7 +12,7 @@ from launcher.config import ChecksConfig, Job, StrategyConfig, SweepConfig
 from launcher.errors import ClusterError, ConfigError, LauncherError
 from launcher.freeze import Decision
 from launcher.planner.problem import PlanRequest, pinned, text_of
-from launcher.planner.tables import describe
+from launcher.planner.words.tables import describe
 from launcher.submit import local
 from strategies.spec import Plan
 

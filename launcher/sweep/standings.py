@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from launcher.planner.tables import gib_text, seconds_text
+from launcher.planner.words.tables import gib_text, seconds_text
 
 HEADER = (
     *("", "point", "nodes", "GPUs", "s/step", "predicted", "off", "tokens/s", "per GPU", "GiB", "planned"),

@@ -1,8 +1,8 @@
 """How often to save, and what share of the time then goes into training: Young 1974, refined by Daly 2006.
 
-Pure functions; the equations are in planner/budget.py. Where nobody says how often a cluster fails, Meta's figures do
-(Kokolis et al., "Revisiting Reliability in Large-Scale Machine Learning Research Clusters", arXiv 2410.21683): 7.9 h
-between failures of a job of 1,024 GPUs, measured; 1.8 h at 16,384, projected.
+Pure functions; the equations are in planner/search/budget.py. Where nobody says how often a cluster fails, Meta's
+figures do (Kokolis et al., "Revisiting Reliability in Large-Scale Machine Learning Research Clusters", arXiv
+2410.21683): 7.9 h between failures of a job of 1,024 GPUs, measured; 1.8 h at 16,384, projected.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from launcher.cluster.spec import ClusterSpec
-from launcher.planner.budget import checkpoint_interval_s, expected_seconds
+from launcher.planner.search.budget import checkpoint_interval_s, expected_seconds
 
 _MEASURED = ((1024, 7.9), (16_384, 1.8))  # GPUs, hours between failures of a job on all of them
 # What rank 0's disk is taken to write before a save was measured and where cluster.storage_gb_per_s is null.

@@ -16,7 +16,7 @@ from launcher.errors import FINISHED, CheckFailed, ConfigError, EngineError, Run
 from launcher.files import write_whole
 from launcher.monitor.metrics import read
 from launcher.output import Output, print_line
-from launcher.planner.tables import describe, grid
+from launcher.planner.words.tables import describe, grid
 from launcher.report.comparison import HEADER, WORDS, Comparison, Curve, rows, to_json, to_markdown
 from launcher.report.curves import curves
 from launcher.run_dir import RunDir

@@ -12,7 +12,8 @@ from launcher.config import Job
 from launcher.environments import catalogue
 from launcher.errors import FINISHED, ConfigError
 from launcher.output import Output
-from launcher.planner import Ranking, by_engine, explain, sensitivity, why
+from launcher.planner import Ranking
+from launcher.planner.words import by_engine, explain, sensitivity, why
 from launcher.report.document import write
 from launcher.report.page import page
 from launcher.verbs import words

@@ -23,8 +23,8 @@ from launcher.errors import (
     TrainingError,
 )
 from launcher.output import Output, print_line
-from launcher.planner.explain import cost_of
-from launcher.planner.tables import describe, grid, seconds_text
+from launcher.planner.words.explain import cost_of
+from launcher.planner.words.tables import describe, grid, seconds_text
 from launcher.report.document import write
 from launcher.run_dir import RunDir
 from launcher.submit import slurm

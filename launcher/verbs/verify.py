@@ -23,9 +23,9 @@ from launcher.environments import catalogue, interpreter
 from launcher.errors import FINISHED, CheckFailed, ConfigError, EngineError, PlanError
 from launcher.output import Output, print_line
 from launcher.planner.cost import MemoryCost
-from launcher.planner.stage_costs import stages_in_memory
-from launcher.planner.stages import StageShape, stages_of
-from launcher.planner.tables import describe, grid, percent_text
+from launcher.planner.price.stage_costs import stages_in_memory
+from launcher.planner.price.stages import StageShape, stages_of
+from launcher.planner.words.tables import describe, grid, percent_text
 from launcher.submit import local
 from launcher.verbs import words
 from strategies.engine_options import check

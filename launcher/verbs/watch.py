@@ -18,7 +18,7 @@ from rich.text import Text
 
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.metrics import read
-from launcher.planner.tables import describe
+from launcher.planner.words.tables import describe
 from launcher.run_dir import OVER, RunDir, state
 
 _EVERY_S = 1.0

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.decode import decode
-from launcher.planner.stage_costs import stages_in_memory
+from launcher.planner.price.stage_costs import stages_in_memory
 from strategies import hf
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec

@@ -17,7 +17,7 @@ from launcher import cli
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.environments import catalogue
 from launcher.planner.cost import GIB, Candidate, CostBreakdown, MemoryCost, TimeCost
-from launcher.planner.search import PlanRequest, Problem, Ranking, Rejection
+from launcher.planner.search.ranking import PlanRequest, Problem, Ranking, Rejection
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 

@@ -12,7 +12,7 @@ from launcher import compose, freeze
 from launcher.config import Job
 from launcher.errors import ClusterError, ConfigError, RunDirError
 from launcher.output import Output
-from launcher.planner.goals import Goal
+from launcher.planner.search.goals import Goal
 
 QUIET = Output(as_json=True)
 

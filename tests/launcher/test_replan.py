@@ -12,8 +12,8 @@ import pytest
 
 from launcher.checkpoint import LAYOUT
 from launcher.errors import ClusterError
-from launcher.planner.goals import Goal
 from launcher.planner.problem import PlanRequest
+from launcher.planner.search.goals import Goal
 from launcher.replan import with_words
 from launcher.run_dir import open_run, since_replanned
 

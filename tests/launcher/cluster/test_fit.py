@@ -9,7 +9,7 @@ import pytest
 
 from launcher.cluster.fit import fit, fit_attention, fit_link, fit_products, to_cluster
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link, Measured
-from launcher.planner.compute import Compute
+from launcher.planner.price.compute import Compute
 from strategies.base import Execution
 from strategies.model_spec import ModelSpec
 from strategies.spec import Plan, TrainingSpec

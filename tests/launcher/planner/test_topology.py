@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from launcher.cluster.spec import ClusterSpec, GpuSpec, Link
 from launcher.planner.problem import PlanRequest
-from launcher.planner.search import rank
+from launcher.planner.search.ranking import rank
 from strategies.model_spec import ModelSpec, MoeSpec
 from strategies.spec import Plan, TrainingSpec
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from launcher.planner.cost import GIB, parts
-from launcher.planner.explain import cost_of
-from launcher.planner.search import Ranking
+from launcher.planner.search.ranking import Ranking
+from launcher.planner.words.explain import cost_of
 from launcher.report.bars import memory_bars, memory_table, time_bars, time_table
 
 

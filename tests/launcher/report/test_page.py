@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from launcher.errors import PlanError
-from launcher.planner import explain
-from launcher.planner.search import Ranking
-from launcher.planner.sensitivity import Shift
-from launcher.planner.tables import gib_text, seconds_text
-from launcher.planner.why import ILLEGAL, Answer
+from launcher.planner.search.ranking import Ranking
+from launcher.planner.words import explain
+from launcher.planner.words.sensitivity import Shift
+from launcher.planner.words.tables import gib_text, seconds_text
+from launcher.planner.words.why import ILLEGAL, Answer
 from launcher.report.page import page
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from launcher.planner.search import Ranking
+from launcher.planner.search.ranking import Ranking
 from launcher.report.rank_map import coordinates, cut, rank_map, strides
 from strategies.spec import Plan
 

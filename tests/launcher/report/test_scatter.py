@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from launcher.planner.cost import GIB
-from launcher.planner.search import Ranking
+from launcher.planner.search.ranking import Ranking
 from launcher.report.scatter import MOST_POINTS, scatter
 
 

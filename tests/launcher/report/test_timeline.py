@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.planner.explain import cost_of
-from launcher.planner.search import Ranking
+from launcher.planner.search.ranking import Ranking
+from launcher.planner.words.explain import cost_of
 from launcher.report.timeline import cut, passes_s, timeline_chart, timeline_of
 from strategies.spec import Plan
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from launcher.planner.budget import checkpoint_interval_s
+from launcher.planner.search.budget import checkpoint_interval_s
 from launcher.training import interval
 
 

@@ -20,7 +20,7 @@ from launcher.data.tokens import TokenDataset, prepare
 from launcher.errors import BadLossError, CheckpointError
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics
-from launcher.planner.search import PlanRequest
+from launcher.planner.search.ranking import PlanRequest
 from launcher.run_dir import RunDir
 from launcher.training.saver import RandomState
 from launcher.training.trainer import Process, Trainer

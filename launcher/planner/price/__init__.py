@@ -1,0 +1,1 @@
+"""What a plan costs: bytes of every stage, seconds of one step."""

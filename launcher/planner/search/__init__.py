@@ -1,0 +1,1 @@
+"""Which plan is best, exactly, and for which goal."""

@@ -1,0 +1,1 @@
+"""Which plans are legal. Nothing is costed here."""

@@ -1,0 +1,1 @@
+"""The answer as text: the ranking, why one plan wins, and what would change that."""
