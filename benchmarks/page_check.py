@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks import record
@@ -44,23 +45,34 @@ LOOKS = (
     # 500 is the least that a window of Chromium takes; a page that asks for 22rem a column lays out as on a phone.
     Look(name="phone", width=500, height=1500, dark=True),
 )
+PHONE = 360  # pixels in CSS; what the narrowest phones in use have
 
 
 def main(arguments: Sequence[str]) -> None:
     options = _parse(arguments)
     page = Path(options.page).resolve()
-    found = {}
+    found: dict[str, Any] = {}
     for look in LOOKS:
         image = Path(options.images) / f"{options.name}-{look.name}.png"
-        console, hosts = open_page(page, look, image=image.resolve(), browser=options.browser)
-        own = hosts - _asked_anyway(look, browser=options.browser)
-        found[look.name] = {"console": console, "hosts": sorted(own), "bytes": image.stat().st_size}
+        console, hosts = check(page, look, image=image.resolve(), browser=options.browser)
+        found[look.name] = {"console": console, "hosts": sorted(hosts), "bytes": image.stat().st_size}
+    found["width on a phone"] = {
+        "offered": PHONE,
+        "taken": width_taken(page, offered=PHONE, browser=options.browser),
+    }
     print(json.dumps(found, indent=2))
     if options.record:
         done = record.create("page_check", arguments=["PAGE"], figures=found)
         print(f"recorded {record.write(done, name='page_check').name}")
-    if any(look["console"] or look["hosts"] for look in found.values()):
+    complaints = any(found[look.name]["console"] or found[look.name]["hosts"] for look in LOOKS)
+    if complaints or found["width on a phone"]["taken"] > PHONE:
         sys.exit(1)
+
+
+def check(page: Path, look: Look, *, image: Path, browser: str) -> tuple[list[str], set[str]]:
+    """Return what the console said and which hosts the page itself asked for, and leave a picture."""
+    console, hosts = open_page(page, look, image=image, browser=browser)
+    return console, hosts - _asked_anyway(look, browser=browser)
 
 
 def open_page(page: Path, look: Look, *, image: Path, browser: str) -> tuple[list[str], set[str]]:
@@ -87,6 +99,23 @@ def requested(log: str) -> set[str]:
     """Return the hosts in Chromium's network log; files of this machine have none."""
     addresses = re.findall(r'"url": ?"([a-z]+://[^"]*)"', log)
     return {host for host in (urlsplit(address).hostname for address in addresses) if host}
+
+
+def width_taken(page: Path, *, offered: int, browser: str) -> int:
+    """Return the pixels that a page takes in a frame `offered` pixels wide: more, where one has to scroll sideways."""
+    frame = (
+        f'<!DOCTYPE html><iframe src="{page.as_uri()}" width="{offered}" height="800" style="border:0" '
+        'onload="document.title = this.contentDocument.documentElement.scrollWidth"></iframe>'
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        around = Path(folder) / "frame.html"
+        around.write_text(frame, encoding="utf-8")
+        command = [browser, *_QUIET, "--allow-file-access-from-files", f"--user-data-dir={folder}/profile"]
+        done = subprocess.run(
+            [*command, "--dump-dom", around.as_uri()], capture_output=True, text=True, timeout=300, check=True
+        )
+    (title,) = re.findall(r"<title>(\d+)</title>", done.stdout)
+    return int(title)
 
 
 def _asked_anyway(look: Look, *, browser: str) -> set[str]:
