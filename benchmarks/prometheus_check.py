@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from benchmarks import record
 from launcher.monitor.metrics import METRICS, read
 from launcher.monitor.registry import series
 
+DASHBOARD = record.REPOSITORY / "monitor" / "grafana" / "meshwright.json"
 RULES = record.REPOSITORY / "monitor" / "prometheus"
 WORDS = (
     *(
@@ -79,9 +81,10 @@ def scraped(folder: Path) -> dict[str, Any]:
     with _prometheus(folder, port=port, own=own) as ask, _running(train, folder):
         _wait(lambda: ask("query", query="meshwright_step > 60")["result"], "a scraped step", folder)
         compared = _compare(ask, run)
+        answered = _answered(ask)
         _kill_rank_1(run)
         _wait(lambda: _firing(ask, "MeshwrightRankLost"), "the alert", folder)
-    return {"series_compared": compared, "fired": "MeshwrightRankLost"}
+    return {"series_compared": compared, "panel_queries_answered": answered, "fired": "MeshwrightRankLost"}
 
 
 def _compare(ask: Callable[..., Any], run: Path) -> int:
@@ -99,6 +102,19 @@ def _compare(ask: Callable[..., Any], run: Path) -> int:
     differing = {key: (found.get(key), value) for key, value in told.items() if found.get(key) != value}
     assert not differing, differing
     return len(told)
+
+
+def _answered(ask: Callable[..., Any]) -> int:
+    """Put the dashboard's queries of which the run exposes the series; raise for one that finds nothing."""
+    exposed = {
+        found["metric"]["__name__"] for found in ask("query", query='{__name__=~"meshwright_.*"}')["result"]
+    }
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", [])]
+    asked = [query for query in queries if set(re.findall(r"meshwright_\w+", query)) <= exposed]
+    silent = [query for query in asked if not ask("query", query=query.replace("$run", ".*"))["result"]]
+    assert not silent, silent
+    return len(asked)
 
 
 def _label(labels: dict[str, str]) -> str | None:

@@ -32,4 +32,5 @@ def test_a_run_is_scraped_whole_and_a_killed_rank_fires(
     monkeypatch.delenv("MESHWRIGHT_WEBHOOK_URL", raising=False)
     figures = prometheus_check.scraped(tmp_path)
     assert figures["series_compared"] > 25
+    assert figures["panel_queries_answered"] > 25
     assert figures["fired"] == "MeshwrightRankLost"
