@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import random
 import time
@@ -168,12 +169,17 @@ class Profiler:
     """PyTorch's profiler over some steps of this rank: operators, kernels, collectives."""
 
     def __init__(self) -> None:
+        # Kineto tells the terminal of each start and stop, whatever its level; above all of them it is quiet.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         kinds = torch.profiler.ProfilerActivity
-        on_device = [kinds.CUDA] if torch.cuda.is_available() else []
+        self._on_device = torch.cuda.is_available()
+        on_device = [kinds.CUDA] if self._on_device else []
         self._profile = torch.profiler.profile(activities=[kinds.CPU, *on_device])
+        self._started_ns = 0
 
     def start(self) -> None:
         """Begin to record."""
+        self._started_ns = time.time_ns()
         self._profile.start()
 
     def mark(self, name: str) -> AbstractContextManager[Any]:
@@ -185,6 +191,19 @@ class Profiler:
         """Stop, and write the trace in Chrome's format, which Perfetto reads as well."""
         self._profile.stop()
         self._profile.export_chrome_trace(str(path))
+
+    def collectives(self) -> list[tuple[str, str]]:
+        """Return event and group of what gloo was asked for since the start, in order.
+
+        NCCL's kernels know their groups, gloo's events do not (torch 2.13),
+        but PyTorch's flight recorder does. It keeps the newest 2000 (TORCH_FR_BUFFER_SIZE).
+        """
+        dump = getattr(getattr(torch._C, "_distributed_c10d", None), "_dump_fr_trace_json", None)
+        if self._on_device or dump is None:  # an older PyTorch
+            return []
+        entries = json.loads(dump(includeCollectives=True, onlyActive=False)).get("entries", [])
+        meanwhile = (entry for entry in entries if entry["time_created_ns"] >= self._started_ns)
+        return [(entry["profiling_name"], entry["process_group"][0]) for entry in meanwhile]
 
 
 def device_error() -> type[BaseException]:

@@ -52,6 +52,7 @@ class MonitorConfig:
     node_seconds: float = 5.0  # between two looks at a node's hardware
     histograms: int = 0  # steps between histograms of weights and gradients; 0: none
     profile: tuple[int, ...] = ()  # first and last step of a trace; empty: none
+    trace_interval: int = 0  # steps between single steps that are profiled for their figures alone; 0: none
     alerts: AlertConfig = field(default_factory=AlertConfig)
 
     def __post_init__(self) -> None:
@@ -62,6 +63,11 @@ class MonitorConfig:
         for key in ("warmup_steps", "sample_interval", "histograms"):
             if getattr(self, key) < 0:
                 raise ValueError(f"monitor.{key}={getattr(self, key)} must not be negative; {_ZERO[key]}")
+        if self.trace_interval < 0 or self.trace_interval == 1:
+            raise ValueError(
+                f"monitor.trace_interval={self.trace_interval} must be at least 2, because traced steps are left out "
+                "of the step times; 0 traces none"
+            )
         if not self.wandb_project.strip():
             raise ValueError(
                 f"monitor.wandb_project={self.wandb_project!r} must name a project; "

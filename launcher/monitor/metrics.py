@@ -28,6 +28,7 @@ class StepMetrics:
     time: float  # unix seconds
     consumed_samples: int
     skipped: bool = False  # fp16 overflow: the optimizer did not move
+    traced: bool | None = None  # a profiler slowed it, so it counts for no speed; None: it did not
     # By tensor, then by bin: how many numbers (strategies/bins.py); of steps with monitor.histograms only.
     histograms: Mapping[str, Mapping[str, int]] | None = None
 
@@ -64,9 +65,7 @@ class StepMetrics:
     step_time_recent_s: float | None = metric(
         "perf/step_time_recent_s", "Median of the newest 10 steps", unit="seconds"
     )
-    tokens_per_s_per_gpu: float = metric(
-        "perf/tokens_per_s_per_gpu", "Training speed of one GPU", default=...
-    )
+    tokens_per_s_per_gpu: float | None = metric("perf/tokens_per_s_per_gpu", "Training speed of one GPU")
     tflops_per_s_per_gpu: float | None = metric(
         "perf/tflops_per_s_per_gpu", "Model FLOPs a token (docs/monitoring.md) times speed", unit="TFLOP/s"
     )

@@ -40,9 +40,8 @@ class Looks:
 
     expert_tokens: ExpertTokens = field(default_factory=dict)
     histograms: Histograms | None = None  # None: not asked for at this step
-    traced: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # figures of the profiled steps that end with this one
+    # Of a profiled step: that it is one, and the figures of those that end with it.
+    traced: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Peers(Protocol):
@@ -159,7 +158,7 @@ class Observer:
         own = self._own(result, looks.expert_tokens) if self.is_due(step) else None
         self._skipped += result.skipped
         self._seen += 1
-        if self._seen > _WARM:
+        if self._seen > _WARM and not looks.traced:
             self._times.add(seconds)
         sampled = {} if own is None else self._sample(own, now=now)
         return StepMetrics(
@@ -180,7 +179,7 @@ class Observer:
             data_wait_share=waited_s / seconds if seconds else None,
             memory_gib=peak_memory_gib(self._probes.device_peak_bytes),
             bubble_share=_bubble_share(self._setting.predictions),
-            **self._speed(seconds),
+            **({} if looks.traced else self._speed(seconds)),
             **self._times.figures(),
             **sampled,
             histograms=self._gathered(looks.histograms),
@@ -206,7 +205,8 @@ class Observer:
         for past in history:
             self._skipped += bool(past.get("skipped"))
         for past in history[-_WINDOW:]:
-            self._times.add(past["step_time_s"])
+            if not past.get("traced"):
+                self._times.add(past["step_time_s"])
 
     def _speed(self, seconds: float) -> dict[str, Any]:
         """Speed of one GPU, in tokens, in model FLOPs, and as a share of its peak."""

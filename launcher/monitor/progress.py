@@ -67,9 +67,11 @@ def format_step(metrics: StepMetrics, *, total_steps: int, eta_s: float) -> str:
         f"loss {metrics.loss:.4g}",
         f"lr {metrics.learning_rate:.1e}",
         f"grad {metrics.grad_norm:.3g}",
-        f"{_thousands(metrics.tokens_per_s_per_gpu)} tok/s/gpu",
+        *([f"{_thousands(metrics.tokens_per_s_per_gpu)} tok/s/gpu"] if metrics.tokens_per_s_per_gpu else []),
         f"{metrics.step_time_s:.3g} s",
     ]
+    if metrics.traced:
+        parts.append("traced")
     if metrics.mfu is not None:
         parts.append(f"mfu {metrics.mfu:.1%}")
     if metrics.validation_loss is not None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from launcher.monitor.groups import NAME, SELF
 
 STEP = "meshwright step "  # how the steps are marked in a trace
 _MICROSECOND = 1e-6
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-_UNNAMED = "unnamed"  # as all are on a CPU, where gloo's threads know no groups
+_UNNAMED = "unnamed"  # where neither the library nor PyTorch's flight recorder tells
+_UNDESCRIBED = ("", "undefined")
 _LIBRARIES = ("gloo:", "nccl:", "mpi:", "ucc:")
 
 Interval = tuple[float, float]
 
 
-def summarise(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(events: Iterable[Mapping[str, Any]], *, groups: Mapping[str, str]) -> dict[str, Any]:
     """Return seconds of the mean step by part, and of communication by group and operation.
+
+    `groups` says what process groups are called, by the name that events know them by; others keep their description.
 
     On a GPU kernels count and nothing of the host. On a CPU operators do, and what the communication library's own
     threads mark. Sums of overlapping stretches count once, so `compute`, `exposed communication` and `idle` make up
@@ -41,10 +46,12 @@ def summarise(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "exposed communication": _length(busy) - _length(compute),
         "idle": _length(steps) - _length(busy),
     }
+    named = [(group, event) for event in sent if (group := _group(event, groups)) != SELF]
+    operations = [(_operation(event, group), event) for group, event in named]
     return {
         **{part: value * _MICROSECOND / count for part, value in seconds.items()},
-        "by operation": _seconds_by(sent, _operation, steps=steps, count=count),
-        "by group": _seconds_by(sent, _group, steps=steps, count=count),
+        "by operation": _seconds_by(operations, steps=steps, count=count),
+        "by group": _seconds_by(named, steps=steps, count=count),
     }
 
 
@@ -76,31 +83,29 @@ def _computes(event: Mapping[str, Any], *, on_device: bool) -> bool:
 
 
 def _seconds_by(
-    events: Sequence[Mapping[str, Any]],
-    name_of: Callable[[Mapping[str, Any]], str],
-    *,
-    steps: Sequence[Interval],
-    count: int,
+    events: Sequence[tuple[str, Mapping[str, Any]]], *, steps: Sequence[Interval], count: int
 ) -> dict[str, float]:
-    """Seconds of a step by what `name_of` calls an event."""
+    """Seconds of a step by what events are called."""
     found: dict[str, list[Interval]] = {}
-    for event in events:
-        found.setdefault(name_of(event), []).append(_interval(event))
+    for name, event in events:
+        found.setdefault(name, []).append(_interval(event))
     return {
         name: _length(_within(_union(spans), steps)) * _MICROSECOND / count
         for name, spans in sorted(found.items())
     }
 
 
-def _operation(event: Mapping[str, Any]) -> str:
+def _operation(event: Mapping[str, Any], group: str) -> str:
     name = str(event.get("args", {}).get("Collective name") or event["name"])
-    group = _group(event)
     return name if group == _UNNAMED else f"{group}: {name}"
 
 
-def _group(event: Mapping[str, Any]) -> str:
+def _group(event: Mapping[str, Any], groups: Mapping[str, str]) -> str:
     told = event.get("args", {})
-    return str(told.get("Process Group Description") or told.get("Process Group Name") or _UNNAMED)
+    name, description = str(told.get(NAME, "")), str(told.get("Process Group Description", ""))
+    if name in groups or description in _UNDESCRIBED:
+        return groups.get(name) or name or _UNNAMED
+    return description
 
 
 def _interval(event: Mapping[str, Any]) -> Interval:

@@ -54,10 +54,12 @@ def standing(run: RunDir, entry: Entry) -> Standing:
 def warm_steps(
     metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], *, warmup: int
 ) -> list[float]:
-    """Return the seconds of the steps that are not among the first ones of any start."""
+    """Return the seconds of the steps that are not among the first ones of any start, and were not traced."""
     starts = {event["step"] for event in events if event["event"] == "started"}
     cold = {first + offset for first in starts for offset in range(1, warmup + 1)}
-    return [record["step_time_s"] for record in metrics if record["step"] not in cold]
+    return [
+        record["step_time_s"] for record in metrics if record["step"] not in cold and not record.get("traced")
+    ]
 
 
 def _peak(metrics: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> int | None:

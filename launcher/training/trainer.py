@@ -66,6 +66,7 @@ class Trainer:
     step: int = 0
     consumed_samples: int = 0
     _step_times: list[float] = field(default_factory=list)
+    _warm_times: list[float] = field(default_factory=list)  # without warm-up and traced steps
     _last_validation: float | None = None
     _clock: goodput.Clock | None = None  # on rank 0, once training
 
@@ -83,9 +84,10 @@ class Trainer:
         )
         self._cadence = Cadence(run=self.run, job=self.job, plan=self.plan, ranks=self.ranks)
         self._tracing = Tracing(
-            self.job.monitor.profile,
+            self.job.monitor,
+            plan=self.plan,
             directory=self.run.traces,
-            peers=self.ranks,
+            team=self.ranks,
             open_profiler=self.process.open_profiler,
         )
 
@@ -131,7 +133,7 @@ class Trainer:
                 metrics = self._one_step(loader, observer)
                 for sink in self.sinks:
                     sink.write(metrics)
-                self._compare_with_plan()
+                self._compare_with_plan(metrics)
                 stopping = self._stop_requested(first_step)
                 if self._checkpoint_due(stopping=stopping):
                     self._save(stopping=stopping)
@@ -164,6 +166,8 @@ class Trainer:
         self.step += 1
         self.consumed_samples = loader.consumed_samples
         self._step_times.append(seconds)
+        if len(self._step_times) > self.job.monitor.warmup_steps and not traced:
+            self._warm_times.append(seconds)
         validation_loss = self._evaluate() if self._evaluation_due() else None
         return observer.observe(
             result,
@@ -273,9 +277,9 @@ class Trainer:
         self._last_validation = self.strategy.evaluate(batches)
         return self._last_validation
 
-    def _compare_with_plan(self) -> None:
+    def _compare_with_plan(self, newest: StepMetrics) -> None:
         """Once the steps are warm, hold the plan's prediction against them."""
-        if len(self._step_times) != self.job.monitor.warmup_steps + STEPS_TO_COMPARE:
+        if newest.traced or len(self._warm_times) != STEPS_TO_COMPARE:
             return
         measured = self._measure()
         if self.ranks.rank != 0:
@@ -293,7 +297,7 @@ class Trainer:
     def _measure(self) -> dict[str, Any]:
         """Peak memory of the worst rank and the median step; every rank has to ask."""
         peak_gib = self.ranks.maximum(peak_memory_gib(self.process.device_peak_bytes))
-        warm = self._step_times[self.job.monitor.warmup_steps :] or self._step_times
+        warm = self._warm_times or self._step_times
         return {
             "memory_bytes": round(peak_gib * 2**30),
             "step_s": statistics.median(warm) if warm else None,

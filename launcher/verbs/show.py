@@ -74,9 +74,10 @@ def to_text(facts: Mapping[str, Any]) -> str:
         lines.append(f"failure    {facts['failure']}")
     if facts["metrics"]:
         last = facts["metrics"]
+        speed = last.get("tokens_per_s_per_gpu")  # a traced step has none
         lines.append(
             f"last       loss {last['loss']:.4f}  grad norm {last['grad_norm']:.3f}  "
-            f"{last['tokens_per_s_per_gpu']:.0f} tokens/s/GPU  {last['step_time_s']:.3f} s/step"
+            f"{'' if speed is None else f'{speed:.0f} tokens/s/GPU  '}{last['step_time_s']:.3f} s/step"
         )
     if facts["validation_loss"] is not None:
         lines.append(f"validation loss {facts['validation_loss']:.4f} nats per token")

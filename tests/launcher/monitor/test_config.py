@@ -41,6 +41,8 @@ def test_none_yaml_turns_both_writers_off() -> None:
         ),
         ({"profile": [1, 2]}, "the first step is all set-up"),
         ({"profile": [5, 4]}, "monitor.profile=[5, 4] must be"),
+        ({"trace_interval": -1}, "monitor.trace_interval=-1 must be at least 2"),
+        ({"trace_interval": 1}, "because traced steps are left out of the step times; 0 traces none"),
         ({"alerts": {"slowdown": 0.5}}, "monitor.alerts.slowdown=0.5 must be above 1"),
         ({"alerts": {"repeat_s": -1}}, "monitor.alerts.repeat_s=-1.0 must not be negative; 0 turns"),
         ({"wandb_project": " "}, "monitor.wandb_project=' ' must name a project"),

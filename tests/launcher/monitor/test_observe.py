@@ -75,13 +75,15 @@ def make(tmp_path: Path, tiny_model: ModelSpec, training: TrainingSpec) -> Any:
         observer.close()
 
 
-def step(observer: Observer, number: int, *, looks: Looks | None = None, **changes: Any) -> StepMetrics:
+def step(
+    observer: Observer, number: int, *, looks: Looks | None = None, seconds: float = 0.5, **changes: Any
+) -> StepMetrics:
     result = StepResult(**{"loss": 2.0, "grad_norm": 4.0, "rank_loss": 2.5, **changes})
     return observer.observe(
         result,
         step=number,
         learning_rate=1e-3,
-        seconds=0.5,
+        seconds=seconds,
         waited_s=0.05,
         consumed_samples=8 * number,
         validation_loss=None,
@@ -210,6 +212,21 @@ def test_a_restart_goes_on_counting(
     assert metrics.restarts == 1
     assert metrics.step_time_p50_s == 2.0, "the first steps of a start are no measure"
     assert metrics.goodput == 0.5
+
+
+def test_a_traced_step_counts_for_no_speed(make: Callable[..., Observer], tmp_path: Path) -> None:
+    observer, file = make(), MetricsFile(tmp_path / "metrics.jsonl")
+    traced = Looks(traced={"traced": True, "communication_s": {"dp": 0.25}, "idle_s": 0.125})
+    for number in range(1, 9):
+        slow = number in (6, 8)
+        metrics = step(observer, number, looks=traced if slow else None, seconds=9.0 if slow else number / 10)
+        file.write(metrics)
+        assert metrics.step_time_s == (9.0 if slow else number / 10)
+    file.close()
+    assert (metrics.traced, metrics.communication_s, metrics.idle_s) == (True, {"dp": 0.25}, 0.125)
+    assert (metrics.tokens_per_s_per_gpu, metrics.tflops_per_s_per_gpu, metrics.mfu) == (None, None, None)
+    assert (metrics.step_time_p50_s, metrics.step_time_p99_s) == (0.5, 0.7)
+    assert step(make(), 9).step_time_p99_s == 0.7, "nor behind a restart"
 
 
 def test_percentiles_are_those_of_the_window() -> None:

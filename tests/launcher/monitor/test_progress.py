@@ -18,6 +18,13 @@ def test_a_step_is_one_line(steps: SimpleNamespace) -> None:
     assert line == "step 20/200 loss 2.5 lr 3.0e-04 grad 0.9 12.3k tok/s/gpu 0.11 s eta 20 s"
 
 
+def test_a_traced_step_has_no_speed(steps: SimpleNamespace) -> None:
+    line = format_step(
+        steps.at(20, traced=True, tokens_per_s_per_gpu=None, mfu=None), total_steps=200, eta_s=20.0
+    )
+    assert line == "step 20/200 loss 2.5 lr 3.0e-04 grad 0.9 0.11 s traced eta 20 s"
+
+
 def test_measured_extras_are_added(steps: SimpleNamespace) -> None:
     line = format_step(
         steps.at(20, skipped=True, mfu=0.4123, validation_loss=2.5), total_steps=200, eta_s=3725.0

@@ -15,6 +15,7 @@ def test_every_number_of_a_step_is_a_metric_or_says_what_step_it_is() -> None:
         "time",
         "consumed_samples",
         "skipped",
+        "traced",
         "histograms",
     }
 
@@ -44,7 +45,6 @@ def test_a_metric_without_a_default_is_one_of_every_step() -> None:
         "grad_norm",
         "learning_rate",
         "step_time_s",
-        "tokens_per_s_per_gpu",
         "memory_gib",
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from launcher.monitor.groups import SELF
 from launcher.monitor.trace import STEP, figures, summarise
 
 
@@ -23,7 +24,8 @@ def test_a_step_on_a_cpu() -> None:
             event("gloo:all_reduce", 3.0, 7.0, "user_annotation"),
             event("aten::add", 7.5, 12.0),  # reaches beyond the step
             {"ph": "M", "name": "process_name"},
-        ]
+        ],
+        groups={},
     )
     assert found.pop("by operation") == {"gloo:all_reduce": pytest.approx(4.0)}
     assert found.pop("by group") == {"unnamed": pytest.approx(4.0)}
@@ -51,7 +53,8 @@ def test_steps_on_a_gpu_count_kernels_and_name_groups() -> None:
                 "kernel",
                 **{"Collective name": "allreduce", "Process Group Description": "dp"},
             ),
-        ]
+        ],
+        groups={},
     )
     assert found["step"] == pytest.approx(5.0)
     assert found["compute"] == pytest.approx(1.25)
@@ -62,6 +65,34 @@ def test_steps_on_a_gpu_count_kernels_and_name_groups() -> None:
     assert found["by group"] == {"dp": pytest.approx(2.0)}
     parts = found["compute"] + found["exposed communication"] + found["idle"]
     assert parts == pytest.approx(found["step"])
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ({"Process Group Name": "7", "Process Group Description": "TENSOR_MODEL_PARALLEL_GROUP"}, "tp"),
+        ({"Process Group Name": "8", "Process Group Description": "mesh_new"}, "mesh_new"),
+        ({"Process Group Name": "8", "Process Group Description": "undefined"}, "8"),
+        ({}, "unnamed"),
+    ],
+)
+def test_groups_are_called_as_the_plan_calls_them_or_as_they_are_described(
+    told: dict[str, str], name: str
+) -> None:
+    events = [
+        event(f"{STEP}4", 0.0, 5.0, "user_annotation"),
+        event("gloo:all_reduce", 1.0, 2.0, "user_annotation", **told),
+    ]
+    assert summarise(events, groups={"7": "tp"})["by group"] == {name: pytest.approx(1.0)}
+
+
+def test_what_a_rank_sends_itself_is_in_no_group() -> None:
+    events = [
+        event(f"{STEP}4", 0.0, 5.0, "user_annotation"),
+        event("gloo:all_reduce", 1.0, 2.0, "user_annotation", **{"Process Group Name": "7"}),
+    ]
+    found = summarise(events, groups={"7": SELF})
+    assert (found["by group"], found["by operation"]) == ({}, {})
 
 
 def test_ranks_become_metrics_of_a_step() -> None:
@@ -76,4 +107,4 @@ def test_ranks_become_metrics_of_a_step() -> None:
 
 def test_a_trace_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="no marked step"):
-        summarise([event("aten::mm", 0.0, 1.0)])
+        summarise([event("aten::mm", 0.0, 1.0)], groups={})

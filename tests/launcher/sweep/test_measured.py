@@ -28,6 +28,8 @@ def test_steps_behind_every_start_are_left_out() -> None:
     ]
     assert warm_steps(metrics, events, warmup=2) == [3.0, 4.0, 5.0, 8.0, 9.0, 10.0]
     assert warm_steps(metrics[:2], events, warmup=2) == []
+    traced = [{**record, "traced": True} if record["step"] == 4 else record for record in metrics]
+    assert warm_steps(traced, events, warmup=2) == [3.0, 5.0, 8.0, 9.0, 10.0]
 
 
 def test_every_point_of_a_finished_sweep_has_its_figures(swept: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def make(tmp_path: Path, job: Job, dataset: TokenDataset, alone: Callable[[], An
         folder.mkdir(parents=True)
     run.plan_file.write_text(json.dumps({"predictions": {"step_s": 1.5, "memory_bytes": 2**30}}))
 
-    def build(**changes: Any) -> Trainer:
+    def build(*, process: Process = NO_RANDOMNESS, **changes: Any) -> Trainer:
         changed = replace(job, **changes)
         plan = Plan(strategy="fake", dp=1, micro_batch_size=4, num_microbatches=2, precision="fp32")
         strategy = FakeStrategy()
@@ -113,7 +114,7 @@ def make(tmp_path: Path, job: Job, dataset: TokenDataset, alone: Callable[[], An
             dataset=dataset,
             strategy=strategy,
             ranks=alone(),
-            process=NO_RANDOMNESS,
+            process=process,
             versions={},
             sinks=(Kept(),),
         )
@@ -255,6 +256,45 @@ def test_the_prediction_is_held_against_warm_steps(
     compared = [event for event in trainer.run.events() if event["event"] == "compared"]
     assert [event["step"] for event in compared] == [6]  # one step of warm-up and five to compare
     assert any("(predicted 1.500)" in message for message in caplog.messages)
+
+
+class Recorder:
+    """Stands for PyTorch's profiler: a step that only computes."""
+
+    def start(self) -> None: ...
+
+    def mark(self, name: str) -> AbstractContextManager[None]:
+        self._name = name
+        return nullcontext()
+
+    def stop(self, path: Path) -> None:
+        event = {"ph": "X", "ts": 0.0, "dur": 1e6}
+        events = [{**event, "name": self._name}, {**event, "name": "aten::mm", "cat": "cpu_op", "tid": 1}]
+        path.write_text(json.dumps({"traceEvents": events}))
+
+    def collectives(self) -> list[tuple[str, str]]:
+        return []
+
+
+def test_traced_steps_are_not_held_against_the_prediction(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.monitor.observe._WARM", 1)
+    trainer = make(
+        process=replace(NO_RANDOMNESS, open_profiler=Recorder),
+        monitor=MonitorConfig(warmup_steps=1, trace_interval=3),
+    )
+    assert trainer.train() == "finished"
+    sink = trainer.sinks[0]
+    assert isinstance(sink, Kept)
+    assert [m.step for m in sink.steps if m.traced] == [3, 6, 9]
+    assert [m.step for m in sink.steps if m.idle_s == 0.0] == [3, 6, 9]
+    assert [m.step for m in sink.steps if m.tokens_per_s_per_gpu is None] == [3, 6, 9]
+    counted = sorted(m.step_time_s for m in sink.steps if m.step > 1 and not m.traced)
+    assert sink.steps[-1].step_time_p99_s == counted[-1]
+    events = list(trainer.run.events())
+    assert [event["step"] for event in events if event["event"] == "compared"] == [8]  # 2 4 5 7 8, once
+    assert events[-1]["measured"]["step_s"] == statistics.median(counted)
 
 
 def test_a_loss_that_is_no_number_stops_before_it_spoils_checkpoints(
