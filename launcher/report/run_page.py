@@ -17,6 +17,7 @@ from launcher.report.run_data import RunData
 from launcher.report.step_curves import Curve, chart
 from launcher.report.style import hue
 from launcher.report.system_charts import system_charts
+from launcher.report.traced_steps import traced_steps
 
 
 def run_page(runs: Sequence[RunData]) -> str:
@@ -30,7 +31,7 @@ def run_page(runs: Sequence[RunData]) -> str:
         *(_tiles(run, alone=len(runs) == 1) for run in runs),
         section("What ran", _what_ran(runs)),
         section("Curves", _curves(runs)),
-        section("Predicted and measured", _compared(runs), _parts(runs), *(_traced(run) for run in runs)),
+        section("Predicted and measured", _compared(runs), _parts(runs), traced_steps(runs)),
         section("Where the time went", history_chart([(run.name, run.spans) for run in runs])),
         section("What happened", _events(runs)),
         section("Alerts", _alerts(runs)),
@@ -167,37 +168,6 @@ def _parts(runs: Sequence[RunData]) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 10 else f"{name[:9]}…"
-
-
-def _traced(run: RunData) -> str:
-    """The profiled steps beside the plan's word for the same parts."""
-    if run.trace is None:
-        return ""
-    time = run.cost().time
-    exposed = time.tp + time.cp + time.ep + time.pp + time.dp
-    planned = {
-        "compute": time.compute + time.recompute + time.optimizer,
-        "communication": None,
-        "exposed communication": exposed,
-        "idle": time.bubble + time.offload,
-    }
-    rows = []
-    for part, predicted in planned.items():
-        values = [rank[part] for rank in run.trace["ranks"]]
-        rows.append(
-            (
-                part,
-                "-" if predicted is None else seconds_text(predicted),
-                seconds_text(sum(values) / len(values)),
-                seconds_text(max(values)),
-            )
-        )
-    steps = f"steps {run.trace['first_step']} to {run.trace['last_step']}"
-    return table(
-        ("part", "predicted", "mean of the ranks", "largest"),
-        rows,
-        caption=f"{run.name}: seconds of a step in {steps}, from the profiler's traces",
-    )
 
 
 def _events(runs: Sequence[RunData]) -> str:

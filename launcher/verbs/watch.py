@@ -77,7 +77,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> RenderableType:
         ("tokens_per_s_per_gpu", "tokens/s/GPU"),
         ("step_time_s", "step, s"),
     ):
-        values = [record[key] for record in records if math.isfinite(record[key])]
+        values = [record[key] for record in records if math.isfinite(record.get(key, math.nan))]
         if values:
             table.add_row(title, sparkline(values), f"{values[-1]:.4g}")
     return table
@@ -99,6 +99,7 @@ def _figures(records: Sequence[Mapping[str, Any]]) -> RenderableType:
         ("memory_peak_gib", "peak {:.2f} GiB"),
         ("memory_over_plan", "{:.0%} of the plan"),
         ("data_wait_share", "data wait {:.1%}"),
+        ("exposed_communication_s", "exposed communication {:.3g} s"),
         ("goodput", "goodput {:.0%}"),
         ("restarts", "restarts {}"),
         ("checkpoint_age_s", "checkpoint {:.0f} s old"),

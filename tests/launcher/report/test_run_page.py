@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from typing import Any
@@ -61,12 +60,3 @@ def test_alerts_and_failures_are_told_and_escaped(run: RunData, reader: Any) -> 
     words = reader(run_page([replace(run, alerts=[told], events=[*run.events, failed])])).words
     assert "no step for <90> s" in words
     assert "rank 1 & its node are gone" in words
-
-
-def test_traced_steps_stand_beside_the_plan(run: RunData, reader: Any) -> None:
-    parts = {"compute": 0.5, "communication": 0.2, "exposed communication": 0.1, "idle": 0.05}
-    trace = {"first_step": 5, "last_step": 6, "ranks": [parts, {**parts, "compute": 0.7}]}
-    words = reader(run_page([replace(run, trace=json.loads(json.dumps(trace)))])).words
-    assert "seconds of a step in steps 5 to 6" in words
-    assert "0.600" in words
-    assert "0.700" in words

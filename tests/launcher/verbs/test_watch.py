@@ -66,6 +66,17 @@ def test_a_picture_tells_where_the_run_stands(run: RunDir) -> None:
     assert [words for words in told if words not in text] == []
 
 
+def test_a_traced_step_tells_what_it_sent_and_no_speed(run: RunDir) -> None:
+    record = json.loads(run.metrics_file.read_text().splitlines()[-1])
+    del record["tokens_per_s_per_gpu"]
+    traced = {**record, "step": 11, "traced": True, "exposed_communication_s": 0.125}
+    with run.metrics_file.open("a") as file:
+        file.write(json.dumps(traced) + "\n")
+    text = drawn(run)
+    assert "exposed communication 0.125 s" in text
+    assert "tokens/s/GPU" in text
+
+
 def test_alerts_come_with_the_events(run: RunDir) -> None:
     alert = {
         "time": time.time() + 5,
