@@ -14,6 +14,7 @@ from benchmarks.monitor_overhead import is_on
 from launcher.monitor.metrics import StepMetrics
 from launcher.monitor.node import NodeSampler
 from launcher.monitor.observe import Observer
+from launcher.monitor.tracing import Tracing
 from launcher.training import worker
 from launcher.training.trainer import Trainer
 
@@ -66,12 +67,16 @@ def install() -> None:
     """Put the switch in front of what watches, and a clock behind each step."""
     observe, is_due, measure = Observer.observe, Observer.is_due, NodeSampler._measure
     open_sinks, stop_requested = worker._open_sinks, Trainer._stop_requested
+    last_from = Tracing._last_from
 
     def switched_observe(self: Observer, *arguments: Any, **named: Any) -> StepMetrics:
         return observe(self, *arguments, **named) if watching() else bare(named["step"])
 
     def switched_due(self: Observer, step: int) -> bool:
         return watching() and is_due(self, step)
+
+    def switched_tracing(self: Tracing, number: int) -> int:
+        return last_from(self, number) if watching() else 0
 
     def switched_measure(self: NodeSampler) -> Any:
         return measure(self) if watching() else self.latest
@@ -87,6 +92,7 @@ def install() -> None:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (Observer, "observe", switched_observe),
         (Observer, "is_due", switched_due),
+        (Tracing, "_last_from", switched_tracing),
         (NodeSampler, "_measure", switched_measure),
         (worker, "_open_sinks", switched_sinks),
         (Trainer, "_stop_requested", timed),
