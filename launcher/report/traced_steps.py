@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from launcher.planner.cost import TimeCost
-from launcher.planner.tables import seconds_text
+from launcher.planner.words.tables import seconds_text
 from launcher.report.markup import table, tag
 from launcher.report.run_data import RunData
 from launcher.report.step_curves import Curve, chart
