@@ -11,7 +11,7 @@ from launcher.report.markup import table, tag
 from launcher.report.run_data import RunData
 from launcher.report.step_curves import Curve, chart
 
-_EXPOSED = "exposed_communication_s"
+_EXPOSED, _GROUPS = "exposed_communication_s", "communication_s"
 
 
 def traced_steps(runs: Sequence[RunData]) -> str:
@@ -20,34 +20,34 @@ def traced_steps(runs: Sequence[RunData]) -> str:
 
 
 def _charts(runs: Sequence[RunData]) -> str:
-    def every(key: str) -> list[Curve]:
-        return [curve for run in runs for curve in run.curve(key)]
-
-    alone = _parts(runs[0].cost().time) if len(runs) == 1 else {}
+    planned = _parts(runs[0].cost().time) if len(runs) == 1 else {}
+    line = " (line: the plan)" if planned else ""
     charts = [
         chart(
-            every("communication_s"), name="groups", title="Communication by group, traced steps", unit="s"
-        ),
-        chart(
-            every(_EXPOSED),
-            name="exposed",
-            title=f"Communication that nothing hides{_limit(alone)}",
+            [curve for run in runs for curve in run.curve(key)],
+            name=key.split("_")[0],
+            title=f"{title} in traced steps{line}",
             unit="s",
-            limit=alone.get("exposed communication"),
-        ),
-        chart(
-            every("idle_s"),
-            name="idle",
-            title=f"Idle, traced steps{_limit(alone)}",
-            unit="s",
-            limit=alone.get("idle"),
-        ),
+            limit=planned.get(part),
+        )
+        for key, part, title in (
+            (_EXPOSED, "exposed communication", "Exposed communication"),
+            ("idle_s", "idle", "Idle"),
+        )
     ]
+    groups = sorted({group for run in runs for record in run.records for group in record.get(_GROUPS, ())})
+    for number, group in enumerate(groups):
+        curves = [_of_group(run, group) for run in runs]
+        charts.append(
+            chart(curves, name=f"group{number}", title=f"Communication of {group}, hidden as well", unit="s")
+        )
     return tag("div", *charts, class_="charts") if any(charts) else ""
 
 
-def _limit(planned: Mapping[str, float]) -> str:
-    return " (line: the plan)" if planned else ""
+def _of_group(run: RunData, group: str) -> Curve:
+    traced = (record for record in run.records if group in record.get(_GROUPS, ()))
+    points = tuple((record["step"], record[_GROUPS][group]) for record in traced)
+    return Curve(name=run.name, run=run.number, points=points)
 
 
 def _parts(time: TimeCost) -> dict[str, float]:
@@ -63,10 +63,9 @@ def _over_the_run(run: RunData) -> str:
     """Single steps: each figure's median over the run, beside the plan's."""
     found: dict[str, list[float]] = {}
     for record in run.records:
-        groups = record.get("communication_s", {})
         found.setdefault("exposed communication", []).extend(_number(record, _EXPOSED))
         found.setdefault("idle", []).extend(_number(record, "idle_s"))
-        for group, seconds in groups.items():
+        for group, seconds in record.get(_GROUPS, {}).items():
             found.setdefault(f"communication of {group}", []).append(seconds)
     planned = _parts(run.cost().time)
     rows = [
@@ -85,7 +84,8 @@ def _over_the_run(run: RunData) -> str:
     return table(
         ("part", "predicted", "median", "largest", "traces"),
         rows,
-        caption=f"{run.name}: seconds of a step over all traces of the run; a group's counts what computing hides too",
+        caption=f"{run.name}: seconds of a step over all traces of the run. Waiting for another rank is communication; "
+        "that of a group counts what computing hides as well",
         words=(0,),
     )
 

@@ -48,8 +48,10 @@ def test_single_steps_are_curves_and_medians_beside_the_plan(run: RunData, reade
     html = run_page([replace(run, records=with_traces(run.records))])
     seen = reader(html)
     assert len(set(seen.ids)) == len(seen.ids)
-    assert {"groups-title", "exposed-title", "idle-title"} <= set(seen.ids)
-    assert "first tp ends at 3 s; first dp ends at 0.5 s." in seen.words
+    assert {"exposed-title", "idle-title", "group0-title", "group1-title"} <= set(seen.ids)
+    assert "Communication of dp, hidden as well, s" in seen.words
+    assert "first ends at 0.5 s." in seen.words
+    assert "first ends at 3 s." in seen.words
     assert "first ends at 0.25 s." in seen.words
     assert 'class="limit"' in html
     time = run.cost().time
