@@ -43,6 +43,7 @@ WORDS = (
         "monitor.tensorboard=false",
         "monitor.wandb=false",
         "monitor.sample_interval=5",
+        "monitor.trace_interval=10",
     ),
 )
 _PATIENCE_S = 300

@@ -21,7 +21,7 @@ def named(configs: Iterable[Mapping[str, Any]], plan: Plan) -> dict[str, str]:
     """
     found = {_PIPELINE: _PIPELINE}
     for config in configs:
-        ranks = config["ranks"]
+        ranks = config.get("ranks", ())
         degrees = _degrees(ranks, plan, described=str(config.get("pg_desc", "")))
         if degrees or len(ranks) == 1:
             found[str(config["pg_name"])] = degrees or SELF

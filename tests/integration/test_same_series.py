@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from launcher.monitor.metrics import METRICS, read
 from launcher.monitor.registry import series, tag_of
 
-NUM_STEPS, EVERY = 64, 16
+NUM_STEPS, EVERY, TRACED = 64, 16, 6
 WORDS = (
     *(
         "cluster.gpus_per_node=2",
@@ -33,7 +33,7 @@ WORDS = (
     ),
     *("training.global_batch_size=8", f"training.num_steps={NUM_STEPS}", "checkpoint.interval=8"),
     *("monitor.prometheus=true", "monitor.prometheus_port=0", "monitor.sample_interval=4"),
-    *("monitor.mlflow=true", f"monitor.histograms={EVERY}"),
+    *("monitor.mlflow=true", f"monitor.histograms={EVERY}", f"monitor.trace_interval={TRACED}"),
 )
 Point = tuple[str, int]
 
@@ -132,6 +132,10 @@ def test_metrics_jsonl_has_every_step_once(told: Told, truth: dict[Point, float]
     assert records[-1]["restarts"] == 1
     sampled = [record["step"] for record in records if "memory_peak_gib" in record]
     assert sampled == sorted({1, told.resumed_at + 1, *range(4, NUM_STEPS + 1, 4)})
+    traced = [record["step"] for record in records if "idle_s" in record]
+    asked = range(TRACED, NUM_STEPS + 1, TRACED)
+    assert traced == [step for step in asked if not told.resumed_at < step <= told.resumed_at + 3]
+    assert {"perf/communication_s/dp", "perf/exposed_communication_s"} <= {tag for tag, _ in truth}
     assert {"perf/straggler_score/0", "perf/straggler_score/1", "train/loss_max"} <= {tag for tag, _ in truth}
 
 
