@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import ClusterError
+from strategies.spec import BESIDE
 
 Store: TypeAlias = dist.Store
 # Long for start-up: compilation, weights from a slow disk, ranks that arrive late.
@@ -41,7 +42,8 @@ class Ranks:
         """The same ranks over a group of its own, for another thread; every rank has to ask."""
         if self.world_size == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT))
+        group = dist.new_group(backend="gloo", timeout=WRITE_TIMEOUT, group_desc=BESIDE)
+        return replace(self, group=group)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -11,6 +11,8 @@ from typing import Any, Literal
 # fp8 and nvfp4: matrix products in that format, under whichever scaling recipe; everything else as in bf16.
 Precision = Literal["fp32", "bf16", "fp16", "fp8", "nvfp4"]
 Recompute = Literal["none", "selective", "full"]
+# How process groups are described whose traffic belongs to no step, as that of checkpoints.
+BESIDE = "beside training"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from strategies.spec import BESIDE
+
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
@@ -53,7 +55,8 @@ def groups_like(groups: Sequence[dist.ProcessGroup]) -> list[dist.ProcessGroup]:
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     named = sorted({ranks for theirs in everybody for ranks in theirs})
-    made = {ranks: dist.new_group(ranks, backend="gloo", timeout=WRITE_TIMEOUT) for ranks in named}
+    kind: dict[str, Any] = {"backend": "gloo", "timeout": WRITE_TIMEOUT, "group_desc": BESIDE}
+    made = {ranks: dist.new_group(ranks, **kind) for ranks in named}
     return [made[ranks] for ranks in mine]
 
 

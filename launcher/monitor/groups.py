@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from strategies.spec import Plan
+from strategies.spec import BESIDE, Plan
 
 NAME = "Process Group Name"  # as events call it that know theirs
-SELF = "self"  # of one rank: it sends nothing
+ASIDE = "aside"  # of a rank alone, which sends nothing, or of what works beside the training
 _MESSAGES = ("gloo:send", "gloo:recv")
 _PIPELINE = "pp"
 
@@ -21,10 +21,10 @@ def named(configs: Iterable[Mapping[str, Any]], plan: Plan) -> dict[str, str]:
     """
     found = {_PIPELINE: _PIPELINE}
     for config in configs:
-        ranks = config.get("ranks", ())
-        degrees = _degrees(ranks, plan, described=str(config.get("pg_desc", "")))
-        if degrees or len(ranks) == 1:
-            found[str(config["pg_name"])] = degrees or SELF
+        ranks, described = config.get("ranks", ()), str(config.get("pg_desc", ""))
+        aside = len(ranks) == 1 or described == BESIDE
+        if name := ASIDE if aside else _degrees(ranks, plan, described=described):
+            found[str(config["pg_name"])] = name
     return found
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from launcher.monitor.groups import NAME, SELF
+from launcher.monitor.groups import ASIDE, NAME
 
 STEP = "meshwright step "  # how the steps are marked in a trace
 _MICROSECOND = 1e-6
@@ -34,9 +34,10 @@ def summarise(events: Iterable[Mapping[str, Any]], *, groups: Mapping[str, str])
         raise ValueError("the trace holds no marked step")
     on_device = any(event.get("cat") == "kernel" for event in whole)
     working = [e for e in whole if e.get("cat") in _ON_DEVICE] if on_device else whole
-    sent = [event for event in working if _communicates(event, on_device=on_device)]
+    communicating = (event for event in working if _communicates(event, on_device=on_device))
+    sent = [(group, event) for event in communicating if (group := _group(event, groups)) != ASIDE]
     computed = [event for event in working if _computes(event, on_device=on_device)]
-    communication = _within(_union(map(_interval, sent)), steps)
+    communication = _within(_union(_interval(event) for _, event in sent), steps)
     compute = _within(_union(map(_interval, computed)), steps)
     busy = _union([*communication, *compute])
     seconds = {
@@ -46,12 +47,11 @@ def summarise(events: Iterable[Mapping[str, Any]], *, groups: Mapping[str, str])
         "exposed communication": _length(busy) - _length(compute),
         "idle": _length(steps) - _length(busy),
     }
-    named = [(group, event) for event in sent if (group := _group(event, groups)) != SELF]
-    operations = [(_operation(event, group), event) for group, event in named]
+    operations = [(_operation(event, group), event) for group, event in sent]
     return {
         **{part: value * _MICROSECOND / count for part, value in seconds.items()},
         "by operation": _seconds_by(operations, steps=steps, count=count),
-        "by group": _seconds_by(named, steps=steps, count=count),
+        "by group": _seconds_by(sent, steps=steps, count=count),
     }
 
 

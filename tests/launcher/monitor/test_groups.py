@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.monitor.groups import NAME, SELF, attributed, named
-from strategies.spec import Plan
+from launcher.monitor.groups import ASIDE, NAME, attributed, named
+from strategies.spec import BESIDE, Plan
 
 
 def group(name: str, *ranks: int, described: str = "undefined") -> dict[str, Any]:
@@ -33,9 +33,19 @@ def test_a_group_is_called_by_the_degrees_in_which_its_ranks_differ() -> None:
         group("4", 0, 2, 4, 6),
         group("5", 0, 8),
         group("6", 3),
+        group("7", 0, 1, described=BESIDE),
     ]
     assert named(configs, plan) == {
-        **{"0": "tp-cp-dp-pp", "1": "tp", "2": "cp", "3": "dp", "4": "cp-dp", "5": "pp", "6": SELF},
+        **{
+            "0": "tp-cp-dp-pp",
+            "1": "tp",
+            "2": "cp",
+            "3": "dp",
+            "4": "cp-dp",
+            "5": "pp",
+            "6": ASIDE,
+            "7": ASIDE,
+        },
         "pp": "pp",
     }
 

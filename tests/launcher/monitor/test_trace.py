@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.monitor.groups import SELF
+from launcher.monitor.groups import ASIDE
 from launcher.monitor.trace import STEP, figures, summarise
 
 
@@ -86,13 +86,13 @@ def test_groups_are_called_as_the_plan_calls_them_or_as_they_are_described(
     assert summarise(events, groups={"7": "tp"})["by group"] == {name: pytest.approx(1.0)}
 
 
-def test_what_a_rank_sends_itself_is_in_no_group() -> None:
+def test_what_is_sent_beside_the_training_is_not_the_steps() -> None:
     events = [
         event(f"{STEP}4", 0.0, 5.0, "user_annotation"),
         event("gloo:all_reduce", 1.0, 2.0, "user_annotation", **{"Process Group Name": "7"}),
     ]
-    found = summarise(events, groups={"7": SELF})
-    assert (found["by group"], found["by operation"]) == ({}, {})
+    found = summarise(events, groups={"7": ASIDE})
+    assert (found["by group"], found["by operation"], found["communication"]) == ({}, {}, 0.0)
 
 
 def test_ranks_become_metrics_of_a_step() -> None:
