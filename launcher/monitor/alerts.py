@@ -77,6 +77,7 @@ class Alerts:
         self._slow_samples: dict[str, int] = {}
         self._newest: StepMetrics | None = None
         self._newest_at = 0.0
+        self._faults: set[str] = set()
         self._done = threading.Event()
         self._watch = threading.Thread(target=self._look, name="meshwright-alerts", daemon=True)
         self._watch.start()
@@ -98,9 +99,15 @@ class Alerts:
         self._watch.join(timeout=_PATIENCE_S + 1)
 
     def _look(self) -> None:
-        while not self._done.wait(0.5):
-            self._judge()
-        self._judge()
+        over = False
+        while not over:
+            over = self._done.wait(0.5)
+            try:
+                self._judge()
+            except (
+                Exception
+            ) as error:  # whatever a rule meets: the others, and later steps, are still watched
+                self._say_once("the alerts' rules failed", error)
 
     def _judge(self) -> None:
         newest, waited_s = self._newest, time.monotonic() - self._newest_at
@@ -113,8 +120,16 @@ class Alerts:
             try:
                 if self._outbox.tell(cause, text, step=newest.step):
                     _log.warning("alert %s: %s", cause, text)
-            except OSError as error:
-                _log.warning("alert %s could not be kept: %s", cause, error.strerror)
+            except Exception as error:  # a full disk, a damaged file, whoever else listens
+                self._say_once(f"alert {cause} could not be told", error)
+
+    def _say_once(self, what: str, error: Exception) -> None:
+        """One line however often we look: a service's own words may hold its key, so they are not repeated."""
+        reason = error.strerror if isinstance(error, OSError) else None
+        said = f"{what}: {reason or type(error).__name__}"
+        if said not in self._faults:
+            self._faults.add(said)
+            _log.warning("%s", said)
 
     def _stalled(self, newest: StepMetrics, waited_s: float) -> str | None:
         config, usual_s = self._config, newest.step_time_p99_s or newest.step_time_s
@@ -139,8 +154,9 @@ class Alerts:
                 SLOWDOWN,
                 f"steps take {recent:.3g} s at step {newest.step}, where the run's median is {usual:.3g} s",
             )
-        rank = max(self._slow_samples, key=lambda name: self._slow_samples[name], default="")
-        if rank and self._slow_samples[rank] >= _IN_A_ROW:
+        slow = dict(self._slow_samples)  # the training thread may add a rank at this moment
+        rank = max(slow, key=lambda name: slow[name], default="")
+        if rank and slow[rank] >= _IN_A_ROW:
             yield (
                 STRAGGLER,
                 f"rank {rank} computes more than {config.straggler:g} times as long as the others",

@@ -119,6 +119,44 @@ def test_others_listen_too(tmp_path: Path) -> None:
     assert heard == [("x", "words")]
 
 
+def test_what_one_alert_meets_is_one_line_and_the_others_are_told(
+    tmp_path: Path, steps: SimpleNamespace, webhook: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(cause: str, text: str) -> None:
+        if cause == "slowdown":
+            raise RuntimeError("key=secret")
+
+    (tmp_path / "metrics").mkdir()
+    outbox = Outbox(tmp_path / "metrics", repeat_s=0, announce=broken)  # so it is tried at every look
+    told: list[Any] = webhook.taken
+    figures = {"step_time_recent_s": 0.4, "step_time_p50_s": 0.2, "straggler_score": {"0": 0.5, "1": 2.0}}
+    run(
+        AlertConfig(),
+        outbox,
+        [steps.at(step, **figures) for step in range(1, 26)],
+        until=lambda: sum(taken["cause"] == "straggler" for taken in told) > 1,
+    )
+    assert webhook.told()["straggler"] > 1
+    assert caplog.messages.count("alert slowdown could not be told: RuntimeError") == 1
+    assert "secret" not in caplog.text
+
+
+def test_a_rule_that_fails_ends_no_watch(
+    outbox: Outbox, steps: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rule = Alerts._causes
+
+    def fails_first(self: Alerts, newest: Any) -> Any:
+        monkeypatch.setattr(Alerts, "_causes", rule)
+        raise KeyError("x")
+
+    monkeypatch.setattr(Alerts, "_causes", fails_first)
+    config, slow = AlertConfig(checkpoint_age_s=60), steps.at(3, checkpoint_age_s=61.0)
+    run(config, outbox, [slow], until=lambda: bool(outbox.told()))
+    assert causes(outbox) == ["checkpoint_age"]
+    assert "the alerts' rules failed: KeyError" in caplog.messages
+
+
 def test_a_failure_is_told_by_its_event(tmp_path: Path, outbox: Outbox, webhook: Any) -> None:
     event = {"event": "failed", "type": "DeviceMemoryError", "message": "out of memory: use less"}
     for _ in range(2):
