@@ -75,4 +75,4 @@ def read_all(folder: Path, *, world_size: int) -> Iterator[Beat]:
 def clear(folder: Path) -> None:
     """Forget the ranks of an earlier start."""
     for path in folder.glob("rank_*.json"):
-        path.unlink()
+        path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from launcher import heartbeat
 from launcher.checkpoint import CheckpointPolicy, Tiers, open_tiers
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
@@ -351,6 +352,13 @@ def _read(path: Path, parse: Any) -> Any:
         raise RunDirError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, yaml.YAMLError) as error:
         raise RunDirError(f"{path} cannot be parsed; the run directory is damaged") from error
+
+
+def forget_start(run: RunDir) -> None:
+    """Take away what the ranks of the last start left: where they stood, and what they died of."""
+    heartbeat.clear(run.heartbeats)
+    for path in run.errors.glob("rank_*"):
+        path.unlink(missing_ok=True)
 
 
 def write_error(

@@ -19,6 +19,7 @@ def started_us() -> bool:
 def take_over(run: RunDir) -> None:
     """Do for a start by torchrun what the supervisor does for ours; the worker we become inherits the lock."""
     run_dir.lock(run)
+    run_dir.forget_start(run)  # the other ranks leave nothing before they have imported torch
     for file in (run.stop_file, run.leave_file):
         file.unlink(missing_ok=True)
 

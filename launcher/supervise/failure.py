@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,6 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
     if ending.hang is not None and not ending.lost:
         return _from_hang(run, ending.hang)
     records = sorted(_records(run), key=_cause_first)
-    log = run.logs / "stderr.log"
     if records and not _lost_a_peer(records[0]):
         return _from_record(records[0])
     if ending.lost:
@@ -96,10 +95,11 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
         return lost_node(gone.host, ranks=gone.ranks, why=gone.why)
     here = deaths(
         ending.code,
-        log=log,
-        log_from=ending.stderr_from,
+        log=ending.log,
+        log_from=ending.log_from,
         out_of_memory=out_of_memory_kills > 0,
         alone=ending.world_size == 1,
+        hosts={beat.rank: beat.host for beat in ending.beats},
     )
     found = min((*here, *ending.deaths), key=lambda death: _AFTERMATH.get(death.signal, 0), default=None)
     if found is not None:
@@ -111,7 +111,7 @@ def explain(run: RunDir, ending: Ending, *, out_of_memory_kills: int = 0) -> Fai
             f"run_dir={run.path}: no space is left on its disk; free some, then `meshwright resume`"
         )
         return Failure(cause="storage_full", error=error)
-    text = f"the workers ended with exit code {ending.code} and left no error file; see {log}"
+    text = f"the workers ended with exit code {ending.code} and left no error file; see {ending.log}"
     return Failure(cause="unknown", error=TrainingError(text))
 
 
@@ -132,24 +132,43 @@ def _records(run: RunDir) -> Iterator[dict[str, Any]]:
             yield json.loads(path.read_text(encoding="utf-8"))
 
 
-def deaths(code: int, *, log: Path, log_from: int, out_of_memory: bool, alone: bool = False) -> list[Death]:
-    """Return what signals ended on this host: torchrun itself (or, `alone`, the only worker), else ranks it tells of.
+def deaths(
+    code: int,
+    *,
+    log: Path,
+    log_from: int,
+    out_of_memory: bool,
+    alone: bool = False,
+    hosts: Mapping[int, str] | None = None,
+) -> list[Death]:
+    """Return what signals ended: torchrun itself (or, `alone`, the only worker), else ranks that it tells of in `log`.
 
-    In torchrun's summary its root cause comes first.
+    In torchrun's summary its root cause comes first. Ranks that are not in `hosts` were on this one.
     """
     host = socket.gethostname()
     found: list[tuple[int | None, int]] = [(0 if alone else None, -code)]
     if code >= 0:
-        with log.open("rb") as file:
-            file.seek(log_from)
-            text = file.read().decode("utf-8", errors="replace")
-        others, _, root_cause = text.rpartition("Root Cause")
+        others, _, root_cause = said(log, log_from).rpartition("Root Cause")
         failures = [*_TORCHRUN_FAILURE.finditer(root_cause), *_TORCHRUN_FAILURE.finditer(others)]
         found = [(int(each["rank"]), -int(each["code"])) for each in failures if int(each["code"]) < 0]
     return [
-        Death(rank=rank, signal=number, host=host, log=str(log), out_of_memory=out_of_memory)
+        Death(
+            rank=rank,
+            signal=number,
+            host=host if hosts is None or rank is None else hosts.get(rank, host),
+            log=str(log),
+            out_of_memory=out_of_memory,
+        )
         for rank, number in found
     ]
+
+
+def said(log: Path, log_from: int) -> str:
+    """Return what a start said; nothing where its log cannot be seen, as from inside a container."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(log_from)
+        return file.read().decode("utf-8", errors="replace")
+    return ""
 
 
 def _cause_first(record: dict[str, Any]) -> tuple[bool, float]:

@@ -15,7 +15,7 @@ from launcher.cluster import detect
 from launcher.environments.interpreter import find
 from launcher.errors import TrainingError
 from launcher.heartbeat import Beat
-from launcher.run_dir import RunDir
+from launcher.run_dir import RunDir, forget_start
 from launcher.submit import hosts, local
 from launcher.supervise import processes
 from launcher.supervise.notes import Death
@@ -41,7 +41,8 @@ class Ending:
 
     code: int  # of torchrun, or of the worker where there is one only; negative: a signal
     world_size: int
-    stderr_from: int  # where this start begins in logs/stderr.log
+    log: Path  # what they and torchrun said on stderr
+    log_from: int  # where this start begins in it
     beats: tuple[Beat, ...]
     hang: Hang | None = None
     deaths: tuple[Death, ...] = ()  # on other hosts
@@ -68,7 +69,7 @@ def start(
     others: Others,
 ) -> Ending:
     """Start the workers, to train or to export, and wait for their end; a hang is ended by us."""
-    _forget_last_start(run)
+    forget_start(run)
     command, environment = _command(run, export=export)
     # An export leaves the state of the run as it was.
     run.log_event("launched" if export is None else "exporting", command=command)
@@ -87,7 +88,8 @@ def start(
     return Ending(
         code=others.code or TrainingError.exit_code if is_over_elsewhere else code or others.code,
         world_size=world_size,
-        stderr_from=workers.log_from,
+        log=workers.log,
+        log_from=workers.log_from,
         beats=tuple(heartbeat.read_all(run.heartbeats, world_size=world_size)),
         hang=hang,
         deaths=tuple(others.deaths),
@@ -202,9 +204,3 @@ def _ends_by_itself(process: subprocess.Popen[bytes]) -> bool:
     with suppress(subprocess.TimeoutExpired):
         process.wait(_LINGER_S)
     return process.returncode is not None
-
-
-def _forget_last_start(run: RunDir) -> None:
-    heartbeat.clear(run.heartbeats)
-    for path in run.errors.glob("rank_*"):
-        path.unlink()

@@ -45,6 +45,7 @@ from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error
 from launcher.submit.local import EXPORT, LAUNCHER_PID
+from launcher.supervise import unwatched
 from launcher.training.saver import RandomState
 from launcher.training.trainer import Process, Trainer
 from strategies import environment
@@ -72,6 +73,8 @@ def main(arguments: list[str]) -> int:
     try:
         run = open_run(Path(where))
         heart = _show_life(run, rank=rank)
+        if unwatched.is_ours():
+            unwatched.tell_restart(run)
         _work(run, heart, store=store, export=export)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -236,6 +239,9 @@ def _report(run: RunDir, *, rank: int, error: BaseException) -> int:
     """Leave the cause for the launcher; a person who runs us under bare torchrun sees the sentence as well."""
     trace = traceback.format_exc()
     named = _name(error)
+    if unwatched.is_ours():
+        # torchrun ends the ranks beside one that has left: this one has something to tell first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError):  # a full or vanished disk; the sentence below still reaches the log
         frame = _first_user_frame(error)
         write_error(run, rank=rank, host=socket.gethostname(), error=named, frame=frame, trace=trace)
@@ -243,6 +249,8 @@ def _report(run: RunDir, *, rank: int, error: BaseException) -> int:
         f"meshwright: rank {rank}: {str(named).splitlines()[0] if str(named) else type(named).__name__}",
         file=sys.stderr,
     )
+    if unwatched.is_ours():
+        unwatched.tell(run)
     return named.exit_code if isinstance(named, LauncherError) else TrainingError.exit_code
 
 

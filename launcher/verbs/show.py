@@ -20,7 +20,9 @@ def describe(run: RunDir) -> dict[str, Any]:
     metrics = read(run.metrics_file)
     spent = ledger(events, metrics, now=time.time())
     measured = next((e["measured"] for e in reversed(since_replanned(events)) if "measured" in e), None)
-    failure: dict[str, Any] = next((e for e in reversed(events) if e["event"] in ("failed", "launched")), {})
+    failure: dict[str, Any] = next(
+        (e for e in reversed(events) if e["event"] in ("failed", "launched", "started")), {}
+    )
     return {
         "run_dir": str(run.path),
         "state": state(events),

@@ -20,12 +20,17 @@ def test_torchrun_is_known_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> N
     assert torchrun.started_us()
 
 
-def test_taking_over_locks_the_run_and_forgets_a_stop(tmp_path: Path) -> None:
+def test_taking_over_locks_the_run_and_forgets_a_stop_and_the_last_start(tmp_path: Path) -> None:
     run = RunDir(path=tmp_path)
+    left = [run.errors / "rank_00000.json", run.errors / "rank_00000.txt", run.heartbeats / "rank_00001.json"]
+    for file in left:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     run.stop_file.touch()
     run.leave_file.touch()
     torchrun.take_over(run)
     assert not run.stop_file.exists() and not run.leave_file.exists()
+    assert not any(file.exists() for file in left)
     with pytest.raises(RunDirError, match="in use"):
         run_dir.lock(run)
 

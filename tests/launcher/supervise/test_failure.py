@@ -43,11 +43,11 @@ def died(run: RunDir, **fields: Any) -> None:
     (run.errors / f"rank_{record['rank']:05d}.json").write_text(json.dumps(record))
 
 
-def explained(
-    run: RunDir, *, code: int = 1, world_size: int = 2, stderr_from: int = 0, **more: Any
-) -> Failure:
-    ending = Ending(code=code, world_size=world_size, stderr_from=stderr_from, beats=())
-    return explain(run, ending, **more)
+def explained(run: RunDir, *, code: int = 1, world_size: int = 2, log_from: int = 0, **more: Any) -> Failure:
+    log = run.logs / "stderr.log"
+    return explain(
+        run, Ending(code=code, world_size=world_size, log=log, log_from=log_from, beats=()), **more
+    )
 
 
 def test_a_foreign_exception_names_rank_host_frame_and_traceback(run: RunDir) -> None:
@@ -221,7 +221,7 @@ def test_a_full_disk_is_named_when_nobody_could_write_why(
 
 def test_only_the_last_start_is_read(run: RunDir) -> None:
     (run.logs / "stderr.log").write_text(KILLED)
-    found = explained(run, code=3, stderr_from=len(KILLED))
+    found = explained(run, code=3, log_from=len(KILLED))
     assert found.cause == "unknown"
     assert "exit code 3" in str(found.error)
 
@@ -230,7 +230,7 @@ def test_a_hang_names_who_holds_up_the_run_and_where_the_stacks_are(run: RunDir)
     beat = Beat(rank=1, host="far", pid=7, phase="stepping", step=4, count=9)
     stall = Stall(silent_s=10.4, limit_s=10, key="supervise.step_timeout_s", beats=(beat,), unreported=())
     hang = Hang(stall=stall, culprit=Culprit(rank=1, why="its process is stopped"))
-    found = explain(run, Ending(code=-9, world_size=2, stderr_from=0, beats=(beat,), hang=hang))
+    found = over(run, code=-9, beats=(beat,), hang=hang)
     assert (found.cause, found.rank, found.host) == ("hang", 1, "far")
     assert str(found.error) == (
         "rank 1 on far holds up the run: its process is stopped; no sign of life for 10.4 s "
@@ -249,7 +249,10 @@ GONE = Lost(host="b", ranks=range(1, 2), why="no word from its launcher for 60 s
 
 
 def over(run: RunDir, **more: Any) -> Failure:
-    return explain(run, Ending(**{"code": 1, "world_size": 2, "stderr_from": 0, "beats": (), **more}))
+    log = run.logs / "stderr.log"
+    return explain(
+        run, Ending(**{"code": 1, "world_size": 2, "log": log, "log_from": 0, "beats": (), **more})
+    )
 
 
 def test_a_lost_host_explains_ranks_that_lost_their_peer_but_no_fault_of_their_own(run: RunDir) -> None:

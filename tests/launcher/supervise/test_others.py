@@ -163,7 +163,8 @@ def test_a_torchrun_that_was_killed_elsewhere_is_not_taken_for_the_one_here(
     (on_two_hosts.logs / "stderr.log").write_text("")
     with gathered(on_two_hosts, run=ended) as (others, _):
         assert until(lambda: others.trouble(lambda ranks: NEVER)) == "ended"
-        ending = Ending(code=others.code, world_size=2, stderr_from=0, beats=(), deaths=tuple(others.deaths))
+        log, told = on_two_hosts.logs / "stderr.log", tuple(others.deaths)
+        ending = Ending(code=others.code, world_size=2, log=log, log_from=0, beats=(), deaths=told)
     found = explain(on_two_hosts, ending)
     assert (found.cause, found.host) == ("lost_rank", "b")
     assert str(found.error) == "torchrun on b was killed by SIGKILL; see l"

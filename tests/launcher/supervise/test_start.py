@@ -46,7 +46,7 @@ def test_what_an_earlier_start_left_is_forgotten(frozen: Callable[..., RunDir], 
     ending = started(run)
     assert ending.beats == ()
     assert not list(run.errors.glob("rank_*"))
-    assert (run.logs / "stderr.log").read_bytes()[ending.stderr_from :] == b"fine\n"
+    assert (run.logs / "stderr.log").read_bytes()[ending.log_from :] == b"fine\n"
 
 
 def test_a_hang_is_seen_named_and_ended(frozen: Callable[..., RunDir], worker: Stand) -> None:

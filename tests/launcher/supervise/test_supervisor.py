@@ -64,6 +64,17 @@ def test_a_cause_is_told_once_over_all_starts(frozen: Frozen, worker: Stand, web
     assert "was killed by SIGKILL" in webhook.taken[0]["text"]
 
 
+def test_a_hang_is_told_once(frozen: Frozen, worker: Stand, webhook: Any) -> None:
+    run = frozen("supervise.step_timeout_s=1", "supervise.max_restarts=1")
+    worker(f"signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n{STEP.format('start')}while True: time.sleep(1)")
+    with pytest.raises(errors.HungError):
+        run_workers(run, quiet_stdout=True)
+    assert [(event["cause"], event["step"]) for event in events(run, "failed")] == [("hang", 1), ("hang", 2)]
+    (taken,) = webhook.taken
+    assert (taken["cause"], taken["step"]) == ("hang", 1)
+    assert "supervise.step_timeout_s=1" in taken["text"]
+
+
 def test_an_alert_that_nobody_takes_hides_no_failure(
     frozen: Frozen, worker: Stand, webhook: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +214,7 @@ def test_a_host_that_goes_when_all_is_done_is_not_missed(
     def start(run: RunDir, requests: Any, **rest: Any) -> Ending:
         run.log_event(last.pop(0))
         (run.logs / "stderr.log").touch()
-        return Ending(code=9, world_size=2, stderr_from=0, beats=(), lost=(lost,))
+        return Ending(code=9, world_size=2, log=run.logs / "stderr.log", log_from=0, beats=(), lost=(lost,))
 
     monkeypatch.setattr(supervisor, "start", start)
     assert run_workers(run, quiet_stdout=True) == 0
