@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -33,6 +34,11 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics" / "metrics.jsonl").read_text().splitlines()]
 
 
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    told = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event for event in told if event["event"] == name]
+
+
 @pytest.fixture
 def environment(repository: Path) -> dict[str, str]:
     switch = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -52,13 +58,23 @@ def test_train_and_resume_under_torchrun(tmp_path: Path, environment: dict[str, 
     assert steps(run) == [1, 2, 3, 4]
 
 
-def test_a_default_run_directory_is_found_by_all_ranks(tmp_path: Path, environment: dict[str, str]) -> None:
-    command = torchrun("train", *SMALL, "training.num_steps=2")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_default_run_directory_is_found_by_all_ranks_who_tell_once_what_they_all_raise(
+    tmp_path: Path, environment: dict[str, str], webhook: Any
+) -> None:
+    spoiled = ("training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0")
+    command = torchrun("train", *SMALL, "training.num_steps=50", *spoiled)
+    address = {"MESHWRIGHT_WEBHOOK_URL": webhook.url}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | address, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
     runs = list((tmp_path / "runs").iterdir())
-    assert len(runs) == 1
-    assert steps(runs[0]) == [1, 2]
+    assert len(runs) == 1, done.stdout + done.stderr
+    assert 0 < max(steps(runs[0])) < 50
+    (failed,) = events(runs[0], "failed")
+    assert (failed["cause"], failed["exit_code"], failed["step"]) == ("bad_loss", 14, max(steps(runs[0])))
+    assert webhook.told()["bad_loss"] == 1
+    assert len(list((runs[0] / "errors").glob("rank_*.json"))) in (1, 2)  # torchrun may have been faster
 
 
 def test_a_wrong_key_ends_all_ranks_with_the_sentence(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -69,12 +85,14 @@ def test_a_wrong_key_ends_all_ranks_with_the_sentence(tmp_path: Path, environmen
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_rank_is_restarted_in_the_same_folder(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_killed_rank_is_restarted_in_the_same_folder_and_told_once(
+    tmp_path: Path, environment: dict[str, str], webhook: Any
+) -> None:
     run = tmp_path / "run"
     words = (*SMALL, "training.num_steps=60", "checkpoint.interval=10", f"run_dir={run}")
     process = subprocess.Popen(
         torchrun("train", *words, options=("--max-restarts=2",)),
-        env=environment,
+        env=environment | {"MESHWRIGHT_WEBHOOK_URL": webhook.url},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,6 +107,9 @@ def test_a_killed_rank_is_restarted_in_the_same_folder(tmp_path: Path, environme
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert steps(run) == list(range(1, 61))
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events].count("created") == 1
-    assert any(event["event"] == "resumed" for event in events)
+    assert len(events(run, "created")) == 1
+    assert events(run, "resumed")
+    # By a survivor that lost its peer, else by the start that follows: torchrun may end survivors before they know.
+    (failed,) = events(run, "failed")
+    assert (failed["cause"], failed["exit_code"]) == ("lost_rank", 12)
+    assert webhook.told()["lost_rank"] == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launcher import heartbeat
 
 pytestmark = pytest.mark.usefixtures("slurm")
 
@@ -28,6 +32,10 @@ def slurm_says(*command: str) -> str:
 def events(run: Path) -> list[dict[str, Any]]:
     file = run / "events.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def names(run: Path) -> list[str]:
+    return [event["event"] for event in events(run)]
 
 
 def job_of(run: Path) -> str:
@@ -151,17 +159,38 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(
     assert (named["cause"], named["host"], named["exit_code"]) == ("lost_node", lost, 12)
 
 
-def test_a_crash_loop_stops_at_its_bound_and_a_time_limit_does_not_count_as_one(
-    submit: Callable[..., Any], limited: tuple[Path, str], call: Callable[..., Any], tmp_path: Path
+def test_a_crash_loop_is_told_and_stops_at_its_bound_and_a_time_limit_does_not_count_as_one(
+    submit: Callable[..., Any],
+    limited: tuple[Path, str],
+    call: Callable[..., Any],
+    webhook: Any,
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "crashing"
-    words = ("strategy=fake", "training.num_steps=5", "submit.max_restarts=1", "submit.prefix=[/bin/false]")
-    assert submit(run, *words).code == 0
+    words = ("strategy=fake", "training.num_steps=10000000", "submit.max_restarts=1")
+    assert submit(run, *words, "cluster.num_nodes=1", "cluster.gpus_per_node=2").code == 0
     job = job_of(run)
+    for start in (1, 2):
+        until(lambda start=start: names(run).count("started") == start, run=run)
+        until(lambda: (beat := heartbeat.read(run / "heartbeats", 1)) and beat.step > 0, run=run)
+        os.kill(heartbeat.read(run / "heartbeats", 1).pid, signal.SIGKILL)
+        until(lambda start=start: names(run).count("failed") == start, run=run)
     until(lambda: ended(job), run=run)
     assert state_of(job) == "FAILED"
     assert log(run).count("requeued") == 1
     assert "2 starts from the same checkpoint (none) have brought no newer one" in log(run)
+    told = [event for event in events(run) if event["event"] == "failed"]
+    assert [(event["cause"], event["rank"], event["exit_code"]) for event in told] == [
+        ("lost_rank", 1, 12)
+    ] * 2
+    assert all(f"rank 1 on {event['host']} was killed by SIGKILL" in event["message"] for event in told)
+    assert all(event["step"] > 0 for event in told)
+    assert [name for name in names(run) if name in ("failed", "restarting")] == [
+        "failed",
+        "restarting",
+        "failed",
+    ]
+    assert webhook.told()["lost_rank"] == 1
 
     run, job = limited
     until(lambda: any(event["event"] == "resumed" for event in events(run)), run=run)
@@ -171,6 +200,7 @@ def test_a_crash_loop_stops_at_its_bound_and_a_time_limit_does_not_count_as_one(
     until(lambda: ended(job), run=run)
     assert state_of(job) == "COMPLETED", log(run)
     assert "stopped on request, with a checkpoint" in log(run)
+    assert "failed" not in names(run)
 
 
 def test_a_sweep_drops_what_cannot_be_trains_the_rest_and_ranks_it(

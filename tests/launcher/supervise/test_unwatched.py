@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,8 +148,8 @@ def test_each_start_has_its_own_failure(run: RunDir, bare: Bare, monkeypatch: py
     run.log_event("started", step=0)
     unwatched.tell(run)
     assert len(failures(run)) == 2
-    begun = time.time()
-    monkeypatch.setattr("psutil.Process", lambda: type("Later", (), {"create_time": lambda self: begun})())
+    begun = time.time() - 0.9  # as the system tells of a process that began just now
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(create_time=lambda: begun))
     unwatched.tell(run)  # fails before it has started
     assert len(failures(run)) == 3
 
