@@ -70,9 +70,3 @@ def read_all(folder: Path, *, world_size: int) -> Iterator[Beat]:
     """Yield the last beat of every rank that has reported."""
     found = (read(folder, rank) for rank in range(world_size))
     return (beat for beat in found if beat is not None)
-
-
-def clear(folder: Path) -> None:
-    """Forget the ranks of an earlier start."""
-    for path in folder.glob("rank_*.json"):
-        path.unlink(missing_ok=True)

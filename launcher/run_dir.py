@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -15,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from launcher import heartbeat
 from launcher.checkpoint import CheckpointPolicy, Tiers, open_tiers
 from launcher.config import Job
 from launcher.data.tokens import TokenDataset
@@ -354,11 +354,11 @@ def _read(path: Path, parse: Any) -> Any:
         raise RunDirError(f"{path} cannot be parsed; the run directory is damaged") from error
 
 
-def forget_start(run: RunDir) -> None:
-    """Take away what the ranks of the last start left: where they stood, and what they died of."""
-    heartbeat.clear(run.heartbeats)
-    for path in run.errors.glob("rank_*"):
-        path.unlink(missing_ok=True)
+def forget_start(run: RunDir, *, before: float = math.inf) -> None:
+    """Take away what ranks left until then: where they stood, and what they died of."""
+    for path in (*run.heartbeats.glob("rank_*.json"), *run.errors.glob("rank_*")):
+        if path.stat().st_mtime < before:
+            path.unlink()
 
 
 def write_error(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import psutil
+
 from launcher import run_dir
 from launcher.run_dir import RunDir
 
@@ -16,10 +18,18 @@ def started_us() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def begun() -> float:
+    """When this rank began, rounded up to where none of its start can have imported torch, and so failed, yet.
+
+    The system counts from when it was booted itself, which it tells in whole seconds, rounded down.
+    """
+    return psutil.Process().create_time() + 1
+
+
 def take_over(run: RunDir) -> None:
     """Do for a start by torchrun what the supervisor does for ours; the worker we become inherits the lock."""
     run_dir.lock(run)
-    run_dir.forget_start(run)  # the other ranks leave nothing before they have imported torch
+    run_dir.forget_start(run, before=begun())  # the other ranks may have left something since
     for file in (run.stop_file, run.leave_file):
         file.unlink(missing_ok=True)
 

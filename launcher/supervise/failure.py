@@ -51,8 +51,8 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _TYPE = re.compile(r"\b[A-Z]\w*Error\b")
-# torchrun's summary of a failed rank, the only place that knows a death by signal.
-_TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n\s*exitcode\s+: (?P<code>-?\d+)")
+# torchrun's summary of a failed rank, the only place that knows a death by signal; `srun --label` numbers its lines.
+_TORCHRUN_FAILURE = re.compile(r"rank\s+: (?P<rank>\d+) .*?\n(?:\d+:)?\s*exitcode\s+: (?P<code>-?\d+)")
 # Exceptions of a program that is wrong: the next start would raise them again.
 _MISTAKES = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, SyntaxError),

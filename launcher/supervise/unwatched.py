@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from launcher import heartbeat, torchrun
 from launcher.errors import LostRankError, TrainingError
 from launcher.run_dir import RunDir, open_run, state
@@ -96,8 +94,7 @@ def _tell_failure(run: RunDir) -> None:
 
 def _is_told(run: RunDir) -> bool:
     """Tell whether a rank of this start was faster."""
-    # Kept to the second, rounded down. Nobody tells within one: torch has to be imported first.
-    begun = psutil.Process().create_time() + 1
+    begun = torchrun.begun()
     own = [event["event"] for event in run.events() if event["time"] >= begun]
     return next((name for name in reversed(own) if name in ("started", "failed")), None) == "failed"
 

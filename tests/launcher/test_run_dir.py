@@ -63,6 +63,18 @@ def test_an_empty_folder_may_become_a_run(run: RunDir, tmp_path: Path) -> None:
     assert made.plan() == run.plan()
 
 
+def test_a_start_is_forgotten_up_to_a_moment(run: RunDir) -> None:
+    left = [run.errors / "rank_00000.json", run.errors / "rank_00001.txt", run.heartbeats / "rank_00001.json"]
+    for age, file in enumerate(left):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.utime(file, (100.0 - age, 100.0 - age))
+    run_dir.forget_start(run, before=99.5)
+    assert [file.exists() for file in left] == [True, False, False]
+    run_dir.forget_start(run)
+    assert not left[0].exists()
+
+
 def test_a_newer_plan_format_is_refused(run: RunDir) -> None:
     run.plan_file.write_text(json.dumps({**run.plan_data(), "format": 99}))
     with pytest.raises(RunDirError, match="format 99"):

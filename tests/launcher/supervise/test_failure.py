@@ -167,6 +167,12 @@ def test_a_signal_is_read_from_the_summary(run: RunDir) -> None:
     assert "was killed by SIGKILL" in str(found.error)
 
 
+def test_a_summary_is_read_whose_lines_srun_has_numbered(run: RunDir) -> None:
+    numbered = KILLED.replace("  rank", "12:   rank").replace("  exitcode", "12:   exitcode")
+    (run.logs / "stderr.log").write_text(numbered)
+    assert explained(run).rank == 1
+
+
 def test_a_kill_is_for_memory_where_the_kernel_says_so(run: RunDir) -> None:
     (run.logs / "stderr.log").write_text(KILLED)
     found = explained(run, out_of_memory_kills=1)

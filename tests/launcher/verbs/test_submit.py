@@ -167,6 +167,9 @@ def test_a_host_of_the_run_starts_its_own_part(call: Callable[..., Any], tmp_pat
     assert other.code == 12
     assert "the first host of" in other.err
     assert "is none of the 2 hosts" in call("submit", str(run), "--node-rank=2").err
+    assert "no launcher answers on b" in call("show", str(run), "--json").json["failure"]
+    open_run(run).log_event("started", step=0)  # by Slurm or torchrun, which log nothing before
+    assert call("show", str(run), "--json").json["failure"] is None
 
 
 def test_logs_are_followed_through_a_restart(call: Callable[..., Any], tmp_path: Path) -> None:
