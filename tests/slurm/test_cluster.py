@@ -133,6 +133,7 @@ def test_a_warned_run_saves_is_requeued_and_goes_on_to_the_last_bit(
     assert state_of(job) == "COMPLETED", log(warned)
     assert [event["step"] for event in events(warned) if event["event"] == "resumed"] == [reached]
     assert losses(warned) == losses(straight)
+    assert "failed" not in names(warned)
     assert not (warned / "stop").exists()
 
 
