@@ -47,6 +47,7 @@ class Outbox:
         self._run = directory.absolute().parent.name
         self._repeat_s = repeat_s
         self._announce = announce
+        self._told: dict[str, float] = {}  # by us and when, for a disk that keeps nothing
 
     def told(self) -> list[dict[str, Any]]:
         """Everything told so far, over all starts; lines that a full disk has torn are left out."""
@@ -55,15 +56,22 @@ class Outbox:
         return list(records(self._file.read_text(encoding="utf-8", errors="replace")))
 
     def tell(self, cause: str, text: str, *, step: int | None) -> bool:
-        """Tell one cause, unless that was done lately; say whether it was told now."""
+        """Tell one cause, unless that was done lately; say whether it was told now.
+
+        A full disk raises only after everybody has heard of it.
+        """
         now = time.time()
-        if any(past["cause"] == cause and now - past["time"] < self._repeat_s for past in self.told()):
+        told = [(past["cause"], past["time"]) for past in self.told()]
+        if any(past == cause and now - then < self._repeat_s for past, then in [*told, *self._told.items()]):
             return False
+        self._told[cause] = now
         record = {"time": now, "run": self._run, "cause": cause, "step": step, "text": text}
-        append_record(self._file, record)
-        post(record)
-        if self._announce is not None:
-            self._announce(cause, text)
+        try:
+            append_record(self._file, record)
+        finally:
+            post(record)
+            if self._announce is not None:
+                self._announce(cause, text)
         return True
 
 
@@ -176,7 +184,7 @@ def tell_failure(directory: Path, event: Mapping[str, Any], *, repeat_s: float) 
             cause_of(event), str(event.get("message", "")), step=event.get("step")
         )
     except OSError as error:
-        _log.warning("the failure could not be told: %s", error.strerror)
+        _log.warning("the alert could not be kept: %s", error.strerror)
 
 
 def post(record: Mapping[str, Any]) -> bool:

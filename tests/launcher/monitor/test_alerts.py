@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import time
@@ -176,6 +177,19 @@ def test_a_line_that_a_full_disk_has_torn_hides_nothing(outbox: Outbox, webhook:
     tell_failure(tmp_path / "run" / "metrics", {"event": "failed", "cause": "y"}, repeat_s=60)
     assert causes(outbox) == ["x", "y"]
     assert [taken["cause"] for taken in webhook.taken] == ["x", "y"]
+
+
+def test_a_full_disk_keeps_no_alert_from_anybody_and_repeats_none(
+    outbox: Outbox, webhook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, record: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(alerts_module, "append_record", full)
+    with pytest.raises(OSError, match="No space left"):
+        outbox.tell("storage_full", "words", step=3)
+    assert not outbox.tell("storage_full", "words", step=4)
+    assert [taken["step"] for taken in webhook.taken] == [3]
 
 
 def test_slack_gets_a_text_and_nothing_else() -> None:
