@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 _GIB = 2**30
+_ALL_LINKS = 2**32 - 1  # as the scope of a counter of NVLink; without one NVML tells of link 0 alone (nvml.h)
 
 # By metric, then by node or GPU.
 Sample = dict[str, dict[str, float]]
@@ -25,7 +26,6 @@ class NodeSampler:
         self._gpus = open_gpus()
         self._start = _traffic()
         self._done = threading.Event()
-        psutil.cpu_percent()  # the first answer is about nothing
         self.latest = self._measure()
         self._thread = threading.Thread(target=self._run, name="meshwright-node", daemon=True)
         self._thread.start()
@@ -36,13 +36,13 @@ class NodeSampler:
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
+        psutil.cpu_percent()  # the first answer that a thread gets is about nothing
         while not self._done.wait(self._seconds):
-            self.latest = self._measure()
+            self.latest = {"cpu_percent": {self._node: psutil.cpu_percent()}, **self._measure()}
 
     def _measure(self) -> Sample:
         now = _traffic()
         figures = {
-            "cpu_percent": psutil.cpu_percent(),
             "host_memory_gib": psutil.virtual_memory().used / _GIB,
             **{name: now[name] - self._start[name] for name in now},
         }
@@ -126,7 +126,7 @@ def _reader(nvml: Any, questions: dict[str, Callable[[], float]]) -> Callable[[]
 def _nvlink_bytes(nvml: Any, handle: Any) -> float:
     """Sum of both directions over all links; the driver counts KiB."""
     both = [nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX]
-    values = nvml.nvmlDeviceGetFieldValues(handle, both)
+    values = nvml.nvmlDeviceGetFieldValues(handle, [(field, _ALL_LINKS) for field in both])
     refused = next((value.nvmlReturn for value in values if value.nvmlReturn), None)
     if refused is not None:
         raise nvml.NVMLError(refused)

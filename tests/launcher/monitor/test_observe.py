@@ -111,15 +111,15 @@ def test_no_utilisation_of_an_unknown_peak(make: Callable[..., Observer]) -> Non
 
 def test_ranks_add_the_worst_of_them(make: Callable[..., Observer]) -> None:
     peers = Pair(
-        loss=3.0, peak=1.5, allocated=2**29, rss=3 * 2**30, pulse=0.004, node={"cpu_percent": {"b": 7.0}}
+        loss=3.0, peak=1.5, allocated=2**29, rss=3 * 2**30, pulse=0.004, node={"host_memory_gib": {"b": 7.0}}
     )
     metrics = step(make(peers=peers), 2)
     assert (metrics.loss_max, metrics.memory_peak_gib, metrics.memory_allocated_gib) == (3.0, 1.5, 0.5)
     assert (metrics.memory_reserved_gib, metrics.rss_gib, metrics.memory_over_plan) == (1.0, 3.0, 1.5)
     assert metrics.straggler_score == {"0": 0.25, "1": 4.0}
-    assert metrics.cpu_percent is not None
-    assert metrics.cpu_percent["b"] == 7.0
-    assert len(metrics.cpu_percent) == 2
+    assert metrics.host_memory_gib is not None
+    assert metrics.host_memory_gib["b"] == 7.0
+    assert len(metrics.host_memory_gib) == 2
 
 
 def test_one_slow_pulse_weighs_less_than_many(make: Callable[..., Observer]) -> None:
