@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +23,8 @@ class MlflowWriter:
     """MLflow takes nothing back.
 
     So a run that was not closed behind the newest step that counts is told anew from metrics.jsonl, with its tags,
-    and the old one is deleted (MLflow keeps those in its bin).
+    and the old one is deleted (MLflow keeps those in its bin). All of that waits for the first steps: a server that
+    does not answer is asked for many minutes, and a start must not wait for it.
     """
 
     def __init__(
@@ -39,22 +42,30 @@ class MlflowWriter:
         import mlflow
         from mlflow.entities import Metric, Param
 
+        logging.getLogger("urllib3.connectionpool").setLevel(
+            logging.ERROR
+        )  # a line a try; ours comes at the end
+
         self._metric, self._param = Metric, Param
         directory.mkdir(parents=True, exist_ok=True)
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (directory / "mlflow").absolute().as_uri()
         self._client, self._uri = mlflow.MlflowClient(tracking_uri=uri), uri
         self._id_file = directory / "mlflow_id"
         name = directory.absolute().parent.name
-        with self._speaking():
-            self._run_id = self._open(experiment, name, settings, plan, history)
+        self._begin = partial(self._open, experiment, name, settings, plan, history)
+        self._run_id: str | None = None  # once there are steps
 
     def write(self, steps: Sequence[StepMetrics]) -> None:
         with self._speaking():
+            if self._run_id is None:
+                self._run_id = self._begin()
+                del self._begin  # and with it the history
             self._log(self._run_id, steps)
 
     def close(self) -> None:
-        with self._speaking():
-            self._client.set_terminated(self._run_id)
+        if self._run_id is not None:
+            with self._speaking():
+                self._client.set_terminated(self._run_id)
 
     @contextmanager
     def _speaking(self) -> Iterator[None]:

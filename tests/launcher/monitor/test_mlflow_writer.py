@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,7 @@ for resume_at, last, loss, how in json.loads(sys.argv[2]):
             learning_rate=1e-3, step_time_s=0.5, tokens_per_s_per_gpu=1.0, memory_gib=1.0, straggler_score={"0": 1.0})
         kept.write(metrics)
         writers.write(metrics)
+    writers.flush()
     sink = writers._writers["MLflow"].writer
     ids.append(sink._run_id)
     if how == "noted":
@@ -96,6 +98,20 @@ def test_a_place_that_does_not_know_the_run_is_told_it_anew(
     (last,) = start((2, 3, 1.0, "closed"))
     (run,) = mlflow_reader(folder)
     assert (run["id"], losses(run)) == (last, {1: 3, 2: 3, 3: 1})
+
+
+def test_no_start_waits_for_a_server_that_never_answers(
+    tmp_path: Path, mlflow_environment: dict[str, str]
+) -> None:
+    starting = STARTS.partition("    for step in")[0] + "    os._exit(0)"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        subprocess.run(
+            [sys.executable, "-c", starting, str(tmp_path / "run"), json.dumps([(0, 1, 3.0, "closed")])],
+            env={**os.environ, **mlflow_environment, "MLFLOW_TRACKING_URI": place},
+            timeout=100,  # of the 120 s that MLflow gives to the first of its tries
+            check=True,
+        )
 
 
 def test_a_server_that_is_not_there_is_one_line(
