@@ -234,7 +234,7 @@ def truncate_after(path: Path, *, step: int) -> list[StepMetrics]:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return all steps of a metrics.jsonl. A torn last line is left out; other damage is a RunDirError."""
     lines = _lines(path)
-    records = [_parse(line) for line in lines]
+    records = [parse(line) for line in lines]
     if records and records[-1] is None:
         records.pop()
     if None in records:
@@ -245,7 +245,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _readable(path: Path) -> Iterator[dict[str, Any]]:
-    return (record for record in map(_parse, _lines(path)) if record is not None)
+    return (record for record in map(parse, _lines(path)) if record is not None)
 
 
 def _lines(path: Path) -> list[str]:
@@ -257,8 +257,8 @@ def _lines(path: Path) -> list[str]:
         raise RunDirError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """Return one line as numbers, or None where it is not a whole record."""
+def parse(line: str) -> dict[str, Any] | None:
+    """Return one line of metrics.jsonl as numbers, or None where it is not a whole record."""
     try:
         record = json.loads(line)
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):

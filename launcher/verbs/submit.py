@@ -15,10 +15,11 @@ from launcher.environments.interpreter import surroundings
 from launcher.errors import FINISHED, ConfigError, TrainingError
 from launcher.freeze import Decision, decide, freeze, possible
 from launcher.output import Output
-from launcher.run_dir import OVER, RunDir
+from launcher.run_dir import RunDir
 from launcher.submit import hosts, slurm
 from launcher.verbs import see, show, words
 from launcher.verbs.drive import drive
+from launcher.verbs.over import End
 from strategies.spec import Plan
 
 DRY_RUN, NODE_RANK, NOW, FOLLOW = "--dry-run", "--node-rank", "--now", ("-f", "--follow")
@@ -296,7 +297,8 @@ def logs(arguments: list[str], output: Output) -> int:
     run, follow = words.open_run("logs", rest), len(rest) < len(arguments)
     named = [run.path / slurm.LOG, run.logs / "ssh.log", *sorted(run.logs.glob("rank_*.log"))]
     path = next((path for path in named if path.exists()), named[0])
-    for text in _grown(path, until=lambda: not follow or _is_over(run)):
+    end = End(run)
+    for text in _grown(path, until=lambda: not follow or end.has_come()):
         output.say(text)
     output.result({"run_dir": str(run.path), "log": str(path)})
     return FINISHED
@@ -318,10 +320,3 @@ def _grown(path: Path, *, until: Callable[[], bool]) -> Iterator[str]:
         if last:
             return
         time.sleep(_LOOK_S / 4)
-
-
-def _is_over(run: RunDir) -> bool:
-    numbers = slurm.numbers(run.events())
-    if numbers:
-        return all(slurm.ask(number).has_ended for number in numbers)
-    return show.describe(run)["state"] in OVER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,68 +16,76 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.monitor.alerts import Outbox
-from launcher.monitor.metrics import read
+from launcher.monitor.follow import Followed
 from launcher.planner.words.tables import describe
 from launcher.run_dir import OVER, RunDir, state
+from launcher.verbs.over import End
 
 _EVERY_S = 1.0
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 48
 _EVENTS = 6
+_CURVES = {
+    "loss": "loss",
+    "grad_norm": "gradient norm",
+    "tokens_per_s_per_gpu": "tokens/s/GPU",
+    "step_time_s": "step, s",
+}
 
 
 def watch(run: RunDir, *, once: bool, stream: TextIO) -> None:
     """Draw the run again and again until it is over or Ctrl-C; with `once` a single time."""
     console = Console(file=stream)
+    steps, end = followed(run), End(run)
     if once:
-        console.print(frame(run, now=time.time()))
+        console.print(frame(run, steps, now=time.time()))
         return
     with Live(console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
-            live.update(frame(run, now=time.time()), refresh=True)
-            if state(list(run.events())) in OVER:
+            over = _is_finished(run) or end.has_come()
+            live.update(frame(run, steps, now=time.time()), refresh=True)
+            if over:
                 return
             time.sleep(_EVERY_S)
 
 
-def frame(run: RunDir, *, now: float) -> RenderableType:
+def followed(run: RunDir) -> Followed:
+    """Follow what is drawn of each step."""
+    return Followed(run.metrics_file, kept=_CURVES)
+
+
+def frame(run: RunDir, steps: Followed, *, now: float) -> RenderableType:
     """Return one picture of the run."""
-    records, events = read(run.metrics_file), list(run.events())
-    job = run.job()
-    title = f"{run.path.name}: {state(events)}"
+    steps.update()
+    events, newest = list(run.events()), steps.newest
+    stands = state(events)
     parts: list[RenderableType] = [Text(describe(run.plan()), overflow="fold")]
-    if records:
-        newest = records[-1]
-        parts += [
-            _progress(newest["step"], job.training.num_steps, records, now),
-            _curves(records),
-            _figures(records),
-        ]
-        parts += [table for table in (_ranks(records), _hardware(records)) if table is not None]
+    if newest:
+        parts += [_progress(steps, run.job().training.num_steps, now=now, ends=stands in OVER)]
+        parts += [_curves(steps), _figures(newest, events, now=now)]
+    # A low terminal shows the upper part: the longest tables come last.
     parts += [_happened(events, Outbox(run.metrics, repeat_s=0).told(), now)]
-    return Panel(Group(*parts), title=title, title_align="left")
+    parts += [table for table in (_ranks(newest), _hardware(newest)) if table is not None]
+    return Panel(Group(*parts), title=_plain(f"{run.path.name}: {stands}"), title_align="left")
 
 
-def _progress(step: int, num_steps: int, records: Sequence[Mapping[str, Any]], now: float) -> RenderableType:
-    usual_s = statistics.median(record["step_time_s"] for record in records[-20:])
-    left = _duration((num_steps - step) * usual_s)
-    silent = now - records[-1]["time"]
-    words = f"step {step} of {num_steps}, {left} to go, last step {_duration(silent)} ago"
+def _is_finished(run: RunDir) -> bool:
+    return state(list(run.events())) == "finished"
+
+
+def _progress(steps: Followed, num_steps: int, *, now: float, ends: bool) -> RenderableType:
+    step, silent = steps.newest["step"], now - steps.newest["time"]
+    left = "" if ends else f" {_duration((num_steps - step) * statistics.median(steps.recent_s))} to go,"
+    words = f"step {step} of {num_steps},{left} last step {_duration(silent)} ago"
     row = Table.grid(padding=(0, 1))
     row.add_row(ProgressBar(total=num_steps, completed=step, width=_WIDTH), words)
     return row
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _curves(steps: Followed) -> RenderableType:
     table = Table.grid(padding=(0, 1))
-    for key, title in (
-        ("loss", "loss"),
-        ("grad_norm", "gradient norm"),
-        ("tokens_per_s_per_gpu", "tokens/s/GPU"),
-        ("step_time_s", "step, s"),
-    ):
-        values = [record[key] for record in records if math.isfinite(record.get(key, math.nan))]
-        if values:
+    for key, title in _CURVES.items():
+        if values := steps.curves[key]:
             table.add_row(title, sparkline(values), f"{values[-1]:.4g}")
     return table
 
@@ -92,7 +99,7 @@ def sparkline(values: Sequence[float], *, width: int = _WIDTH) -> str:
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def _figures(records: Sequence[Mapping[str, Any]]) -> RenderableType:
+def _figures(newest: Mapping[str, Any], events: Sequence[Mapping[str, Any]], *, now: float) -> RenderableType:
     wanted = (
         ("mfu", "MFU {:.1%}"),
         ("validation_loss", "validation {:.4f}"),
@@ -102,21 +109,21 @@ def _figures(records: Sequence[Mapping[str, Any]]) -> RenderableType:
         ("exposed_communication_s", "exposed communication {:.3g} s"),
         ("goodput", "goodput {:.0%}"),
         ("restarts", "restarts {}"),
-        ("checkpoint_age_s", "checkpoint {:.0f} s old"),
     )
-    found = [(form, _newest(records, key)) for key, form in wanted]
-    return Text("  ".join(form.format(value) for form, value in found if value is not None))
+    told = [form.format(newest[key]) for key, form in wanted if key in newest]
+    saved = next((event["time"] for event in reversed(events) if event["event"] == "checkpoint"), None)
+    return Text("  ".join([*told, *([] if saved is None else [f"checkpoint {_duration(now - saved)} old"])]))
 
 
-def _ranks(records: Sequence[Mapping[str, Any]]) -> RenderableType | None:
-    scores = _newest(records, "straggler_score")
+def _ranks(newest: Mapping[str, Any]) -> RenderableType | None:
+    scores = newest.get("straggler_score")
     if not scores:
         return None
     slowest = sorted(scores.items(), key=lambda item: -item[1])[:8]
     return Text("slowest ranks  " + "  ".join(f"{rank}: {score:.2f}" for rank, score in slowest))
 
 
-def _hardware(records: Sequence[Mapping[str, Any]]) -> RenderableType | None:
+def _hardware(newest: Mapping[str, Any]) -> RenderableType | None:
     wanted = (
         ("cpu_percent", "processors {:.0f}%"),
         ("host_memory_gib", "memory {:.1f} GiB"),
@@ -126,13 +133,13 @@ def _hardware(records: Sequence[Mapping[str, Any]]) -> RenderableType | None:
     )
     rows: dict[str, list[str]] = {}
     for key, form in wanted:
-        for where, value in (_newest(records, key) or {}).items():
+        for where, value in newest.get(key, {}).items():
             rows.setdefault(where, []).append(form.format(value))
     if not rows:
         return None
     table = Table.grid(padding=(0, 1))
     for where, words in list(rows.items())[:16]:
-        table.add_row(where, "  ".join(words))
+        table.add_row(_plain(where), "  ".join(words))
     return table
 
 
@@ -143,7 +150,7 @@ def _happened(
     told += [(alert["time"], f"alert {alert['cause']}", alert["text"]) for alert in alerts]
     table = Table.grid(padding=(0, 1))
     for moment, what, words in sorted(told)[-_EVENTS:]:
-        table.add_row(f"{_duration(now - moment)} ago", what, Text(words, overflow="ellipsis", no_wrap=True))
+        table.add_row(f"{_duration(now - moment)} ago", _plain(what), _plain(words))
     return table
 
 
@@ -151,8 +158,10 @@ def _step(event: Mapping[str, Any]) -> str:
     return f"step {event['step']}" if "step" in event else ""
 
 
-def _newest(records: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return next((record[key] for record in reversed(records) if key in record), None)
+def _plain(words: str) -> Text:
+    """Return words of others as they are: no markup of Rich's, no control codes of a terminal."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in words)
+    return Text(shown, overflow="ellipsis", no_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> RunDir:
 
 def drawn(run: RunDir, *, now: float = 1015.0) -> str:
     console = Console(file=io.StringIO(), width=110)
-    console.print(watch.frame(run, now=now))
+    console.print(watch.frame(run, watch.followed(run), now=now))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
@@ -96,11 +96,48 @@ def test_a_run_without_steps_has_a_picture(run: RunDir) -> None:
     assert "step 10" not in text
 
 
+def test_names_and_words_of_others_are_no_markup(run: RunDir) -> None:
+    run.log_event("failed", message="expected [/closing] at\x1b[2J [bold]rank 0")
+    text = drawn(RunDir(path=run.path.rename(run.path.with_name("lr[low] [red]"))))
+    assert "lr[low] [red]: failed" in text
+    assert "expected [/closing] at [2J [bold]rank 0" in text
+
+
+def test_what_happened_comes_before_what_a_low_terminal_cuts_off(run: RunDir) -> None:
+    text = drawn(run)
+    assert text.index("started") < text.index("slowest ranks") < text.index("node-a")
+
+
+def test_the_age_of_a_checkpoint_is_that_of_now(run: RunDir) -> None:
+    run.log_event("checkpoint", step=5)
+    saved = list(run.events())[-1]["time"]
+    assert "checkpoint 1 min 30 s old" in drawn(run, now=saved + 90)
+
+
+def test_a_run_that_is_over_has_nothing_to_go(run: RunDir) -> None:
+    run.log_event("stopped")
+    assert "step 10 of 40, last step 5 s ago" in drawn(run)
+
+
 def test_sparklines_rise_fall_and_stay_short() -> None:
     assert watch.sparkline([1, 2, 3, 8]) == "▁▂▃█"
     assert watch.sparkline([2, 2]) == "▁▁"
     assert watch.sparkline(list(range(1000)))[0] == "▁"
     assert len(watch.sparkline(list(range(1000)))) <= 48
+
+
+def test_watching_goes_on_through_a_restart(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[float] = []
+    events = {1: "failed", 3: "restarting", 4: "launched", 5: "finished"}
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) in events:
+            run.log_event(events[len(looks)])
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    watch.watch(run, once=False, stream=io.StringIO())
+    assert len(looks) == 5
 
 
 def test_watching_ends_with_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
