@@ -18,7 +18,7 @@ from launcher.cluster.spec import ClusterSpec
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics, flops_utilisation, read
 from launcher.monitor.node import NodeSampler, Sample, merged
-from launcher.monitor.reliability import Reliability
+from launcher.monitor.reliability import Reliability, replanned_at
 from launcher.monitor.system import peak_memory_gib
 from strategies.base import StepResult
 from strategies.bins import Histograms, added
@@ -138,7 +138,7 @@ class Observer:
         self._skipped = 0
         self._pulses: list[float] = []  # of each rank, smoothed over samples
         if peers.rank == 0:
-            self._remember(read(metrics_file))
+            self._remember(read(metrics_file), since=replanned_at(events_file))
 
     def observe(
         self,
@@ -200,12 +200,12 @@ class Observer:
         if self._node is not None:
             self._node.close()
 
-    def _remember(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from the steps that a restart kept."""
+    def _remember(self, history: Sequence[Mapping[str, Any]], *, since: float) -> None:
+        """Go on from the steps that a restart kept; those of another plan say nothing of how long one takes now."""
         for past in history:
             self._skipped += bool(past.get("skipped"))
         for past in history[-_WINDOW:]:
-            if not past.get("traced"):
+            if past["time"] > since and not past.get("traced"):
                 self._times.add(past["step_time_s"])
 
     def _speed(self, seconds: float) -> dict[str, Any]:

@@ -25,6 +25,12 @@ def cause_of(event: Mapping[str, Any]) -> str:
     return LOST_RANK if " was killed by " in message else FAILED
 
 
+def replanned_at(events_file: Path) -> float:
+    """Return when the present plan took the place of another one; 0 where it is the first."""
+    text = events_file.read_text(encoding="utf-8", errors="replace") if events_file.exists() else ""
+    return max((event["time"] for event in records(text) if event["event"] == "replanned"), default=0.0)
+
+
 class Reliability:
     """What the events tell so far. `update` reads only what is new."""
 

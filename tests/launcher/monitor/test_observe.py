@@ -229,6 +229,22 @@ def test_a_traced_step_counts_for_no_speed(make: Callable[..., Observer], tmp_pa
     assert step(make(), 9).step_time_p99_s == 0.7, "nor behind a restart"
 
 
+def test_steps_under_another_plan_are_no_measure_of_this_one(
+    make: Callable[..., Observer], tmp_path: Path, steps: SimpleNamespace
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for number in range(1, 6):
+        file.write(steps.at(number, skipped=number == 2, step_time_s=0.1))
+    file.write(steps.at(6, step_time_s=2.0))
+    file.close()
+    (tmp_path / "events.jsonl").write_text(
+        json.dumps({"time": steps.at(5).time, "event": "replanned"}) + "\n"
+    )
+    metrics = step(make(), 7)
+    assert metrics.step_time_p50_s == 2.0, "fewer ranks take longer, and nothing is wrong with that"
+    assert metrics.skipped_steps == 1
+
+
 def test_percentiles_are_those_of_the_window() -> None:
     seconds = np.random.default_rng(0).exponential(size=2500).tolist()
     times = StepTimes()
