@@ -23,6 +23,11 @@ class AlertConfig:
         for key, value in vars(self).items():
             if value < 0:
                 raise ValueError(f"monitor.alerts.{key}={value} must not be negative; 0 turns the rule off")
+        if self.repeat_s == 0:
+            raise ValueError(
+                "monitor.alerts.repeat_s=0 would tell a cause twice a second while it lasts; "
+                "use seconds between two tellings, as 3600"
+            )
         for key in ("slowdown", "straggler"):
             if 0 < getattr(self, key) <= 1:
                 raise ValueError(

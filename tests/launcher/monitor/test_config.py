@@ -45,6 +45,7 @@ def test_none_yaml_turns_both_writers_off() -> None:
         ({"trace_interval": 1}, "because traced steps are left out of the step times; 0 traces none"),
         ({"alerts": {"slowdown": 0.5}}, "monitor.alerts.slowdown=0.5 must be above 1"),
         ({"alerts": {"repeat_s": -1}}, "monitor.alerts.repeat_s=-1.0 must not be negative; 0 turns"),
+        ({"alerts": {"repeat_s": 0}}, "monitor.alerts.repeat_s=0 would tell a cause twice a second"),
         ({"wandb_project": " "}, "monitor.wandb_project=' ' must name a project"),
         ({"wandb_mode": "onlin"}, "monitor.wandb_mode=onlin is not accepted; did you mean 'online'"),
         ({"wandb_projct": "x"}, "unknown key 'monitor.wandb_projct'; did you mean 'wandb_project'"),
