@@ -64,6 +64,7 @@ class RunData:
                 run=self.number,
                 points=tuple(points),
                 dash=dash + index,
+                label=where or label,
             )
             for index, (where, points) in enumerate(found.items())
         ]

@@ -14,7 +14,7 @@ from launcher.report.document import document, section, tiles
 from launcher.report.history import history_chart
 from launcher.report.markup import legend, table, tag, text
 from launcher.report.run_data import RunData
-from launcher.report.step_curves import Curve, chart
+from launcher.report.step_curves import MOST_POINTS, Curve, chart
 from launcher.report.style import hue
 from launcher.report.system_charts import system_charts
 from launcher.report.traced_steps import traced_steps
@@ -134,7 +134,17 @@ def _curves(runs: Sequence[RunData]) -> str:
         ),
     ]
     names = legend((hue(run.number), run.name) for run in runs) if len(runs) > 1 else ""
-    return names + tag("div", *charts, class_="charts") if any(charts) else ""
+    thinned = any(len(run.records) > MOST_POINTS for run in runs)
+    told = (
+        f"Longer curves are drawn as {MOST_POINTS} means, which flatten a single step's spike."
+        if thinned
+        else ""
+    )
+    return (
+        names + tag("div", *charts, class_="charts") + tag("p", text(told), class_="faint")
+        if any(charts)
+        else ""
+    )
 
 
 def _compared(runs: Sequence[RunData]) -> str:

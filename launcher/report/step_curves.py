@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from launcher.report.markup import label, line, picture, tag, text, ticks
 from launcher.report.style import hue
 
-_MOST_POINTS = 400  # of one curve; more are averaged
+MOST_POINTS = 400  # of one curve; more are averaged
 _LEFT, _TOP, _WIDTH, _HEIGHT = 54.0, 12.0, 372.0, 190.0
-_DASHES = ("", "7 4", "2 3", "9 3 2 3")  # so that runs differ in more than colour
+_DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 3", "dash-dotted": "9 3 2 3"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One line: its name, the place of its run among the runs, and (x, y) points in order of x."""
+    """One line: its name, the place of its run among the runs, and (x, y) points in order of x.
+
+    `label` is what tells it from other curves of its run.
+    """
 
     name: str
     run: int
     points: tuple[tuple[float, float], ...]
     dash: int = 0
+    label: str = ""
 
     def thinned(self) -> Curve:
         """Return the curve with few enough points to draw, and none that is no number."""
         finite = [(x, y) for x, y in self.points if math.isfinite(y)]
-        size = -(-len(finite) // _MOST_POINTS) or 1
+        size = -(-len(finite) // MOST_POINTS) or 1
         groups = [finite[i : i + size] for i in range(0, len(finite), size)]
         means = tuple((statistics.fmean(x for x, _ in g), statistics.fmean(y for _, y in g)) for g in groups)
-        return Curve(name=self.name, run=self.run, points=means, dash=self.dash)
+        return replace(self, points=means)
 
 
 def chart(
@@ -43,7 +48,7 @@ def chart(
     limit: float | None = None,
 ) -> str:
     """Draw curves with one axis each way; nothing where no curve has a point. `name` is the picture's id."""
-    drawn = [c for c in (one.thinned() for one in curves) if c.points]
+    drawn = [c for c in (one.thinned() for one in bundled(curves)) if c.points]
     if not drawn:
         return ""
     xs, ys = [x for c in drawn for x, _ in c.points], [y for c in drawn for _, y in c.points]
@@ -64,7 +69,7 @@ def chart(
                 d=path,
                 class_=f"curve {hue(one.run)}",
                 stroke_width=2,
-                stroke_dasharray=_DASHES[one.dash % len(_DASHES)] or "none",
+                stroke_dasharray=_DASHES[_dash(one)] or "none",
                 stroke_linecap="round",
             )
         )
@@ -81,7 +86,53 @@ def chart(
         height=_TOP + _HEIGHT + 40,
     )
     heading = tag("h3", text(f"{title}, {unit}" if unit else title))
-    return tag("div", heading, svg)
+    return tag("div", heading, _dashes(drawn), svg)
+
+
+def bundled(curves: Sequence[Curve]) -> list[Curve]:
+    """Leave a run no more curves than can be told apart: the lowest, the median and the highest of many."""
+    by_run: dict[int, list[Curve]] = defaultdict(list)
+    for one in curves:
+        by_run[one.run].append(one)
+    return [one for own in by_run.values() for one in (own if len(own) <= len(_DASHES) else _band(own))]
+
+
+def _band(curves: Sequence[Curve]) -> list[Curve]:
+    """Return median, highest and lowest of one run's curves at each place."""
+    values: dict[float, list[float]] = defaultdict(list)
+    for one in curves:
+        for x, y in one.points:
+            if math.isfinite(y):
+                values[x].append(y)
+    taken: dict[str, Callable[[Sequence[float]], float]] = {
+        "median": statistics.median,
+        "highest": max,
+        "lowest": min,
+    }
+    return [
+        Curve(
+            name=f"{word} of {len(curves)}",
+            label=f"{word} of {len(curves)}",
+            run=curves[0].run,
+            points=tuple((x, take(found)) for x, found in sorted(values.items())),
+            dash=dash,
+        )
+        for dash, (word, take) in enumerate(taken.items())
+    ]
+
+
+def _dash(curve: Curve) -> str:
+    return tuple(_DASHES)[curve.dash % len(_DASHES)]
+
+
+def _dashes(curves: Sequence[Curve]) -> str:
+    """Say what solid and broken lines are, where colours do not tell."""
+    words: dict[str, dict[str, None]] = {dash: {} for dash in _DASHES}  # each label once, in order
+    for one in curves:
+        if one.label:
+            words[_dash(one)][one.label] = None
+    told = "; ".join(f"{dash}: {', '.join(labels)}" for dash, labels in words.items() if labels)
+    return tag("p", text(told), class_="faint") if any(one.dash for one in curves) else ""
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from launcher.report.markup import tag
@@ -47,4 +48,4 @@ def _rate(curve: Curve, run: RunData) -> Curve:
         for (last, before), (step, now) in pairwise(curve.points)
         if now >= before and times[step] > times[last]
     )
-    return Curve(name=curve.name, run=curve.run, points=points, dash=curve.dash)
+    return replace(curve, points=points)

@@ -29,7 +29,8 @@ def test_curves_have_points_where_metrics_have_values(finished_run: RunDir) -> N
     run = load(finished_run, number=0)
     (loss,) = run.curve("loss")
     assert [x for x, _ in loss.points] == list(range(1, 25))
-    (node,) = run.curve("cpu_percent", label="load")
-    assert node.name.startswith("first load ")
+    (node,) = run.curve("host_memory_gib", label="memory")
+    assert node.name.startswith("first memory ")
+    assert node.label == node.name.removeprefix("first memory ")
     assert [x for x, _ in node.points] == [1, 4, 8, 12, 16, 20, 24]
     assert run.curve("gpu_percent") == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from launcher.report.step_curves import Curve, chart
+from launcher.report.step_curves import Curve, bundled, chart
 
 
 def curve(*values: float, run: int = 0, name: str = "a") -> Curve:
@@ -63,3 +63,28 @@ def test_a_limit_is_inside_the_picture() -> None:
     html = chart([curve(1.0, 2.0)], name="a", title="A", unit="", limit=10.0)
     (y,) = re.findall(r'y1="([\d.]+)"[^>]*class="limit"', html)
     assert 12 <= float(y) <= 202
+
+
+def test_what_dashes_mean_is_written() -> None:
+    loss, other = curve(3.0, 2.0), Curve(name="a v", run=0, points=((1, 2.5),), dash=1, label="validation")
+    html = chart([loss, other], name="loss", title="Loss", unit="nats")
+    assert '<p class="faint">dashed: validation</p>' in html
+    assert 'class="faint"' not in chart([loss], name="loss", title="Loss", unit="nats")
+
+
+def test_many_curves_of_a_run_become_three() -> None:
+    many = [
+        Curve(name=f"a {i}", run=1, points=((1, float(i)), (2, math.nan if i else 7.0)), dash=i, label=str(i))
+        for i in range(128)
+    ]
+    found = bundled([curve(1.0), *many])
+    assert [(one.label, one.run, one.points) for one in found] == [
+        ("", 0, ((1, 1.0),)),
+        ("median of 128", 1, ((1, 63.5), (2, 7.0))),
+        ("highest of 128", 1, ((1, 127.0), (2, 7.0))),
+        ("lowest of 128", 1, ((1, 0.0), (2, 7.0))),
+    ]
+    assert bundled(many[:4]) == many[:4]
+    html = chart(many, name="score", title="Score", unit="")
+    assert html.count('class="curve') == 3
+    assert "highest of 128 ends at 7" in html
