@@ -148,9 +148,18 @@ class RunDir:
         """Where this run's checkpoints lie."""
         return open_tiers(policy, checkpoints=self.checkpoints, identity=self.env_file)
 
+    def env(self) -> dict[str, Any]:
+        """env.json as it stands."""
+        return _mapping(_read(self.env_file, json.loads), self.env_file)
+
+    def trace(self) -> dict[str, Any] | None:
+        """The summary of the profiled steps, if there were any."""
+        summary = self.traces / "summary.json"
+        return _mapping(_read(summary, json.loads), summary) if summary.exists() else None
+
     def interpreter(self) -> Interpreter | None:
         """Decode the workers' Python out of env.json; None in runs of before it was recorded."""
-        found = _mapping(_read(self.env_file, json.loads), self.env_file).get("interpreter")
+        found = self.env().get("interpreter")
         return None if found is None else decode(Interpreter, found, "interpreter")
 
     def log_event(self, event: str, **details: Any) -> None:

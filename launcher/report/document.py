@@ -39,14 +39,17 @@ def tiles(entries: list[tuple[str, str, str]]) -> str:
     return tag("dl", *shown, class_="tiles")
 
 
-def write(place: str | Path, html: str) -> Path:
-    """Write a page whole or not at all, and return where; raise LauncherError where that cannot be."""
+def write(place: str | Path, html: str, *, key: str = "report") -> Path:
+    """Write a page whole or not at all, and return where; raise LauncherError where that cannot be.
+
+    `key` is the word that names another place.
+    """
     path = Path(place).expanduser().absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, html)
     except OSError as error:
         raise LauncherError(
-            f"report={path} cannot be written: {error.strerror}; name a file in a folder of yours"
+            f"{key}={path} cannot be written: {error.strerror}; name a file in a folder of yours"
         ) from error
     return path

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.config import Job
@@ -87,7 +85,6 @@ class RunData:
 
 def load(run: RunDir, *, number: int) -> RunData:
     """Read a run directory; raise RunDirError where it is damaged."""
-    trace = run.traces / "summary.json"
     return RunData(
         number=number,
         name=run.path.name,
@@ -97,11 +94,16 @@ def load(run: RunDir, *, number: int) -> RunData:
         records=read(run.metrics_file),
         events=list(run.events()),
         alerts=Outbox(run.metrics, repeat_s=0).told(),
-        env=json.loads(run.env_file.read_text(encoding="utf-8")),
-        trace=_json(trace) if trace.exists() else None,
+        env=run.env(),
+        trace=run.trace(),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+def load_all(runs: Sequence[RunDir]) -> list[RunData]:
+    """Read several; folders of one name are called by as much of their path as tells them apart."""
+    names, depth = [run.path.name for run in runs], 1
+    while len(set(names)) < len({run.path for run in runs}):
+        depth += 1
+        names = ["/".join(run.path.parts[-depth:]) for run in runs]
+    loaded = [load(run, number=number) for number, run in enumerate(runs)]
+    return [replace(run, name=name) for run, name in zip(loaded, names, strict=True)]

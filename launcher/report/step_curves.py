@@ -12,7 +12,8 @@ from launcher.report.markup import label, line, picture, tag, text, ticks
 from launcher.report.style import hue
 
 MOST_POINTS = 400  # of one curve; more are averaged
-_LEFT, _TOP, _WIDTH, _HEIGHT = 54.0, 12.0, 372.0, 190.0
+_LEFT, _TOP, _WIDTH, _HEIGHT = 62.0, 12.0, 372.0, 190.0
+_LETTERS = 7  # of a number that fits there
 _DASHES = {"solid": "", "dashed": "7 4", "dotted": "2 3", "dash-dotted": "9 3 2 3"}
 
 
@@ -163,4 +164,8 @@ def _short(value: float) -> str:
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
-    return f"{value:.3g}"
+    plain = f"{value:.3g}"
+    if len(plain) <= _LETTERS:
+        return plain
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

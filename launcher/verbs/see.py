@@ -9,7 +9,7 @@ from pathlib import Path
 from launcher.errors import FINISHED, ConfigError
 from launcher.output import Output
 from launcher.report.document import write
-from launcher.report.run_data import load
+from launcher.report.run_data import load_all
 from launcher.report.run_page import run_page
 from launcher.run_dir import RunDir, open_run
 from launcher.verbs import words
@@ -42,7 +42,7 @@ def report(arguments: Sequence[str], output: Output) -> int:
         )
     runs = [open_run(folder) for folder in folders]
     place = outs[0] if outs else runs[0].path / "report.html"
-    path = write(place, run_page([load(run, number=number) for number, run in enumerate(runs)]))
+    path = write(place, run_page(load_all(runs)), key=OUT.removesuffix("="))
     output.result({"report": str(path), "runs": [str(run.path) for run in runs]}, f"report     {path}")
     return FINISHED
 

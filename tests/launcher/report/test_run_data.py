@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from launcher.report.run_data import load
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import RunDirError
+from launcher.report.run_data import load, load_all
 from launcher.run_dir import RunDir
 
 
@@ -34,3 +40,24 @@ def test_curves_have_points_where_metrics_have_values(finished_run: RunDir) -> N
     assert node.label == node.name.removeprefix("first memory ")
     assert [x for x, _ in node.points] == [1, 4, 8, 12, 16, 20, 24]
     assert run.curve("gpu_percent") == []
+
+
+def test_runs_of_one_name_are_told_apart(finished_run: RunDir, tmp_path: Path) -> None:
+    parts = ("config.yaml", "plan.json", "env.json", "events.jsonl")
+    for folder in ("a", "b"):
+        (tmp_path / folder / "same").mkdir(parents=True)
+        for part in parts:
+            shutil.copy(finished_run.path / part, tmp_path / folder / "same")
+    runs = [RunDir(path=tmp_path / folder / "same") for folder in ("a", "b")]
+    assert [run.name for run in load_all(runs)] == ["a/same", "b/same"]
+    assert [run.name for run in load_all(runs[:1])] == ["same"]
+    assert [run.name for run in load_all([runs[0], runs[0]])] == ["same", "same"]
+
+
+@pytest.mark.parametrize("file", ["env.json", "metrics/trace/summary.json"])
+def test_damage_is_a_sentence(finished_run: RunDir, tmp_path: Path, file: str) -> None:
+    run = RunDir(path=shutil.copytree(finished_run.path, tmp_path / "run"))
+    (run.path / file).parent.mkdir(exist_ok=True)
+    (run.path / file).write_text('{"first_step": ')
+    with pytest.raises(RunDirError, match=f"{file} cannot be parsed; the run directory is damaged"):
+        load(run, number=0)

@@ -88,3 +88,10 @@ def test_many_curves_of_a_run_become_three() -> None:
     html = chart(many, name="score", title="Score", unit="")
     assert html.count('class="curve') == 3
     assert "highest of 128 ends at 7" in html
+
+
+def test_small_numbers_fit_beside_their_axis() -> None:
+    html = chart([curve(1.31e-4, 1.49e-4)], name="rate", title="Learning rate", unit="")
+    numbers = re.findall(r'text-anchor="end" class="label-faint">([^<s]*)<', html)
+    assert "1.35e-4" in numbers
+    assert max(map(len, numbers)) <= 7

@@ -40,6 +40,8 @@ def test_a_page_of_several_runs_is_named(run: Path, tmp_path: Path, call: Callab
     outcome = call("report", str(run), str(run), f"out={tmp_path / 'both.html'}", "--json")
     assert outcome.json == {"report": str(tmp_path / "both.html"), "runs": [str(run), str(run)]}
     assert "2 runs: run, run" in (tmp_path / "both.html").read_text()
+    outcome = call("report", str(run), f"out={tmp_path}")
+    assert f"out={tmp_path} cannot be written: Is a directory; name a file" in outcome.err
 
 
 def test_one_look_from_where_nobody_can_watch(run: Path, call: Callable[..., Any]) -> None:
