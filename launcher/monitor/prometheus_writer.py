@@ -88,7 +88,10 @@ class Endpoint:
 
 
 class Textfile:
-    """A .prom file that node-exporter's textfile collector reads, replaced whole every few seconds."""
+    """A .prom file that node-exporter's textfile collector reads, replaced whole every few seconds.
+
+    It goes with the workers: figures that nobody renews would be scraped for ever, and look like a run that stalled.
+    """
 
     def __init__(self, exposition: Exposition, *, path: Path) -> None:
         from prometheus_client import write_to_textfile
@@ -101,11 +104,8 @@ class Textfile:
     def write(self, steps: Sequence[StepMetrics]) -> None:
         self._exposition.take(steps)
         if time.monotonic() - self._written >= _FILE_EVERY_S:
-            self._flush()
+            self._save(str(self._path), self._registry)
+            self._written = time.monotonic()
 
     def close(self) -> None:
-        self._flush()
-
-    def _flush(self) -> None:
-        self._save(str(self._path), self._registry)
-        self._written = time.monotonic()
+        self._path.unlink(missing_ok=True)

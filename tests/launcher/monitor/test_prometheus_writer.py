@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from launcher.monitor import prometheus_writer
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.prometheus_writer import Endpoint, Exposition, Textfile
 from launcher.monitor.writers import open_writers
@@ -68,21 +69,26 @@ def test_a_restart_shows_what_was_kept_before_its_first_step(tmp_path: Path, ste
     exposition = Exposition(run="one", history=[steps.at(4, goodput=0.5), steps.at(5, loss=2.0)])
     path = tmp_path / "folder" / "meshwright.prom"
     writer = Textfile(exposition, path=path)
-    writer.close()
+    writer.write([])
     found = samples(path.read_text())
     assert found["meshwright_step", (("run", "one"),)] == 5
     assert found["meshwright_goodput", (("run", "one"),)] == 0.5
 
 
-def test_the_text_file_follows(tmp_path: Path, steps: SimpleNamespace) -> None:
+def test_the_text_file_follows_and_leaves_with_the_run(
+    tmp_path: Path, steps: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prometheus_writer, "_FILE_EVERY_S", 0.0)
     path = tmp_path / "meshwright.prom"
     writer = Textfile(Exposition(run="one", history=[]), path=path)
     writer.write([steps.at(1)])
     assert samples(path.read_text())["meshwright_step", (("run", "one"),)] == 1
     writer.write([steps.at(2)])
-    writer.close()
     assert samples(path.read_text())["meshwright_step", (("run", "one"),)] == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["meshwright.prom"]
+    writer.close()
+    assert list(tmp_path.iterdir()) == [], "figures of the dead would be scraped for ever"
+    writer.close()
 
 
 def test_a_port_in_use_is_one_line_and_no_fault(
