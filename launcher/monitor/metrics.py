@@ -72,7 +72,9 @@ class StepMetrics:
     mfu: float | None = metric(
         "perf/mfu", "Model FLOPs utilisation, 0 to 1; absent where the peak is unknown"
     )
-    data_wait_share: float | None = metric("perf/data_wait_share", "Share of the step spent waiting for data")
+    data_wait_share: float | None = metric(
+        "perf/data_wait_share", "Share of the step that rank 0 waited for data"
+    )
     bubble_share: float | None = metric(
         "perf/bubble_share", "Share of a pipeline's step that idles, by the plan"
     )

@@ -12,7 +12,7 @@ from launcher.monitor.metrics import read
 from launcher.planner.cost import CostBreakdown, MemoryCost, TimeCost
 from launcher.report.history import Span, spans_of
 from launcher.report.step_curves import Curve
-from launcher.run_dir import RunDir, since_replanned
+from launcher.run_dir import RunDir, since_replanned, state
 from strategies.spec import Plan
 
 
@@ -30,6 +30,11 @@ class RunData:
     alerts: Sequence[Mapping[str, Any]]
     env: Mapping[str, Any]
     trace: Mapping[str, Any] | None  # summary of the profiled steps, if there were any
+
+    @property
+    def state(self) -> str:
+        """The word for where the run stands."""
+        return state([dict(event) for event in self.events])
 
     @property
     def spans(self) -> tuple[Span, ...]:

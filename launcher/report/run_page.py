@@ -63,7 +63,7 @@ def _tiles(run: RunData, *, alone: bool) -> str:
         run.newest("tokens_per_s_per_gpu"),
     )
     entries = [
-        ("step", str(run.newest("step") or 0), f"of {run.job.training.num_steps}"),
+        ("step", str(run.newest("step") or 0), f"of {run.job.training.num_steps}, {run.state}"),
         ("loss", _number(loss), f"nats, validation {validation:.4f}" if validation is not None else "nats"),
         ("speed", _number(speed, ".0f"), "tokens/s/GPU"),
         ("model FLOPs utilisation", percent_text(run.newest("mfu")), ""),
@@ -122,7 +122,12 @@ def _curves(runs: Sequence[RunData]) -> str:
             title="Step time, median of 10",
             unit="s",
         ),
-        chart(every("data_wait_share"), name="wait", title="Share of the step waiting for data", unit=""),
+        chart(
+            every("data_wait_share"),
+            name="wait",
+            title="Share of the step that rank 0 waited for data",
+            unit="",
+        ),
         chart(every("memory_peak_gib"), name="peak", title="Peak memory of the fullest rank", unit="GiB"),
         chart(every("straggler_score"), name="straggler", title="Straggler score of each rank", unit=""),
         chart(every("goodput"), name="goodput", title="Goodput", unit=""),

@@ -28,7 +28,7 @@ def test_one_run_tells_what_it_did(run: RunData, reader: Any) -> None:
     assert len(seen.named) > 10
     assert not re.search(r"\bnan\b|\binf\b|None", html)
     told = [
-        "24 of 24",
+        "24 of 24, finished",
         "strategy=fake",
         f"{run.newest('loss'):.4f}",
         "stopped",
