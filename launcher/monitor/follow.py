@@ -7,8 +7,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from launcher.errors import RunDirError
 from launcher.monitor.metrics import parse
 
 _RECENT = 20
@@ -31,22 +32,26 @@ class Followed:
     def update(self) -> None:
         """Take in what was written since the last time; a restart that took steps back put another file there."""
         try:
-            file = self._path.open("rb")
+            with self._path.open("rb") as file:
+                self._read(file)
         except FileNotFoundError:
             return
-        with file:
-            found = os.fstat(file.fileno())
-            if found.st_ino != self._file_id or found.st_size < self._offset:
-                self._file_id = found.st_ino
-                self._begin()
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return  # the rest of it comes
-                self._offset += len(line)
-                record = parse(line.decode("utf-8", errors="replace"))
-                if record is not None:
-                    self._take(record)
+        except OSError as error:
+            raise RunDirError(f"{self._path} cannot be read: {error.strerror}") from error
+
+    def _read(self, file: BinaryIO) -> None:
+        found = os.fstat(file.fileno())
+        if found.st_ino != self._file_id or found.st_size < self._offset:
+            self._file_id = found.st_ino
+            self._begin()
+        file.seek(self._offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return  # the rest of it comes
+            self._offset += len(line)
+            record = parse(line.decode("utf-8", errors="replace"))
+            if record is not None:
+                self._take(record)
 
     def _take(self, record: Mapping[str, Any]) -> None:
         self.newest |= record

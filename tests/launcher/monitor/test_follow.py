@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.errors import RunDirError
 from launcher.monitor import follow
 from launcher.monitor.follow import Followed
 
@@ -65,3 +66,8 @@ def test_steps_that_a_restart_took_back_are_forgotten(tmp_path: Path) -> None:
     (tmp_path / "aside").replace(file)
     followed.update()
     assert (followed.newest["step"], followed.curves["loss"]) == (2, [5.0, 5.0])
+
+
+def test_what_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunDirError, match="cannot be read: Is a directory"):
+        Followed(tmp_path, kept=[]).update()
