@@ -29,6 +29,9 @@ _GIB = 2**30
 _WINDOW = 1000  # newest steps that percentiles are of
 _RECENT = 10
 _SMOOTHING = 0.3  # weight of the newest pulse
+# Times what a rank took so far, which a pulse counts for at most: one chance among thousands of ranks is no straggler,
+# because it makes a score of 1.6 once, and of less than the alert's 1.5 in the sample behind.
+_LARGEST = 3.0
 _WARM = 3  # first steps of a start, which no percentile should remember
 
 ExpertTokens = Mapping[int, Sequence[int]]  # by layer, of each expert
@@ -249,8 +252,11 @@ class Observer:
         seconds = [pulse for pulse in pulses if pulse is not None]
         if len(seconds) < len(pulses):
             return {}
-        before = self._pulses or seconds
-        self._pulses = [old + _SMOOTHING * (new - old) for old, new in zip(before, seconds, strict=True)]
+        before = self._pulses or [statistics.median_low(seconds)] * len(seconds)  # nobody is slow yet
+        self._pulses = [
+            old + _SMOOTHING * (min(new, _LARGEST * old) - old)
+            for old, new in zip(before, seconds, strict=True)
+        ]
         scores = straggler_scores(self._pulses)
         return {"straggler_score": scores} if scores else {}
 
