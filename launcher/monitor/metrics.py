@@ -111,7 +111,9 @@ class StepMetrics:
         "reliability/goodput", "Share of the time since the run was created in steps that count"
     )
     checkpoint_age_s: float | None = metric(
-        "reliability/checkpoint_age_s", "Since the newest checkpoint, or the start", unit="seconds"
+        "reliability/checkpoint_age_s",
+        "Since the newest checkpoint, or the start behind a stop",
+        unit="seconds",
     )
     checkpoint_stall_s: float | None = metric(
         "reliability/checkpoint_stall_s", "What the newest checkpoint kept the steps waiting", unit="seconds"

@@ -40,6 +40,8 @@ class Reliability:
         self._first: float | None = None
         self._starts = 0
         self._checkpoint: float | None = None
+        self._is_paused = False
+        self._resumed = 0.0  # behind a pause that somebody asked for, in which nothing was at risk
         self._stall_s: float | None = None
         self._failures: dict[str, float] = {}
 
@@ -48,10 +50,8 @@ class Reliability:
         for event in self._new():
             self._take(event)
         first = now if self._first is None else self._first
-        found: dict[str, Any] = {
-            "restarts": max(0, self._starts - 1),
-            "checkpoint_age_s": now - (first if self._checkpoint is None else self._checkpoint),
-        }
+        since = max(self._resumed, first if self._checkpoint is None else self._checkpoint)
+        found: dict[str, Any] = {"restarts": max(0, self._starts - 1), "checkpoint_age_s": now - since}
         if self._stall_s is not None:
             found["checkpoint_stall_s"] = self._stall_s
         if self._failures:
@@ -64,8 +64,12 @@ class Reliability:
             self._first = moment
         if kind == "started":
             self._starts += 1
+            self._resumed = moment if self._is_paused else self._resumed
+            self._is_paused = False
         elif kind == "checkpoint":
             self._checkpoint, self._stall_s = moment, event.get("stall_s")
+        elif kind in ("stopped", "interrupted"):
+            self._is_paused = True
         elif kind == "failed":
             self._failures[cause_of(event)] = moment
 

@@ -44,6 +44,20 @@ def test_restarts_and_checkpoints_follow_the_events(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("end", "age_s"), [("stopped", 10.0), ("interrupted", 10.0), ("failed", 9_970.0)])
+def test_nothing_is_at_risk_while_a_run_pauses(tmp_path: Path, end: str, age_s: float) -> None:
+    file = tmp_path / "events.jsonl"
+    write(
+        file,
+        {"time": 10.0, "event": "started"},
+        {"time": 30.0, "event": "checkpoint", "stall_s": 1.0},
+        {"time": 31.0, "event": end},
+        {"time": 9_980.0, "event": "launched"},
+        {"time": 9_990.0, "event": "started"},
+    )
+    assert Reliability(file).update(now=10_000.0)["checkpoint_age_s"] == age_s
+
+
 def test_half_a_line_waits_for_its_other_half(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     told = Reliability(file)
