@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -96,12 +96,24 @@ class WandbWriter:
             sys.excepthook = excepthook  # W&B's own prints tracebacks that the worker already reports
         # Online, the server already has the steps before this one, and refuses to take them twice.
         self._first_step = int(self._run.starting_step)
-        self._replay(directory, run_id, history=history, offline=mode == "offline")
         self._run_dir, self._id = directory.absolute().parent, run_id
         self._refer("plan", [self._run_dir / "plan.json"])
-        self._catch_up(Outbox(directory, repeat_s=0).told(), history=history, offline=mode == "offline")
+        told, offline = Outbox(directory, repeat_s=0).told(), mode == "offline"
+        # With the first steps: a long history takes minutes, in which other ranks would wait for this one.
+        self._begin: Callable[[], None] | None = lambda: self._replay(
+            directory, history=history, told=told, offline=offline
+        )
 
     def write(self, steps: Sequence[StepMetrics]) -> None:
+        self._begun()
+        self._log(steps)
+
+    def _begun(self) -> None:
+        if self._begin is not None:
+            begin, self._begin = self._begin, None  # the history goes with it
+            begin()
+
+    def _log(self, steps: Sequence[StepMetrics]) -> None:
         for metrics in steps:
             if metrics.step >= self._first_step:
                 drawings = {
@@ -119,6 +131,7 @@ class WandbWriter:
         self._run.alert(title=title, text=text)
 
     def close(self) -> None:
+        self._begun()
         manifests = sorted(self._run_dir.glob("checkpoints/step_*/manifest.json"))
         self._refer("checkpoints", manifests, lineage=_lineage(self._run_dir / "events.jsonl"))
         self._run.finish()
@@ -146,17 +159,25 @@ class WandbWriter:
             if alert["time"] > heard:
                 self.alert(alert["cause"], alert["text"])
 
-    def _replay(self, directory: Path, run_id: str, *, history: Sequence[StepMetrics], offline: bool) -> None:
+    def _replay(
+        self,
+        directory: Path,
+        *,
+        history: Sequence[StepMetrics],
+        told: Sequence[Mapping[str, Any]],
+        offline: bool,
+    ) -> None:
         """Log the past again, which also fills what a killed writer had not flushed.
 
         W&B cannot resume offline: there the new file holds the whole run and replaces earlier ones.
         """
-        self.write(history)
+        self._log(history)
         if offline:
             current = Path(self._run.dir).resolve().parent
-            for stale in (directory / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"):
+            for stale in (directory / "wandb").glob(f"offline-run-*/run-{self._id}.wandb"):
                 if stale.parent.resolve() != current:
                     shutil.rmtree(stale.parent, ignore_errors=True)
+        self._catch_up(told, history=history, offline=offline)
 
 
 def _lineage(events_file: Path) -> list[dict[str, Any]]:

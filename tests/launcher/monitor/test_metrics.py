@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.errors import RunDirError
+from launcher.errors import ConfigError, RunDirError
 from launcher.monitor.metrics import MetricsFile, flops_utilisation, read, truncate_after
 from strategies.model_spec import ModelSpec
 
@@ -96,6 +96,12 @@ def test_damage_in_the_middle_is_named_and_truncation_repairs_it(
         read(path)
     truncate_after(path, step=3)
     assert [record["step"] for record in read(path)] == [1, 3]
+
+
+def test_a_record_of_another_program_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "los": 2.0}\n')
+    with pytest.raises(ConfigError, match="'los'; did you mean 'loss'"):
+        truncate_after(tmp_path / "metrics.jsonl", step=1)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

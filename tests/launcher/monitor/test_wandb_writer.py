@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from launcher.monitor import wandb_writer
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
-from launcher.monitor.wandb_writer import wandb_mode
+from launcher.monitor.wandb_writer import WandbWriter, wandb_mode
 from launcher.monitor.writers import open_writers
 from strategies.bins import BORDERS
 
@@ -53,6 +55,23 @@ def test_wandb_holds_every_step_once_over_resumes(
         (11, 1.0),
     ]
     assert len(rows) == 11
+
+
+def test_no_start_waits_while_the_past_is_told(
+    tmp_path: Path, wandb_service: None, steps: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, list[int]]] = []
+
+    def log(_writer: WandbWriter, passed: list[Any]) -> None:
+        told.append((threading.current_thread().name, [metrics.step for metrics in passed]))
+
+    monkeypatch.setattr(WandbWriter, "_log", log)
+    past = [steps.at(1), steps.at(2)]
+    writers = open_writers(ONLY_WANDB, about=steps.about(tmp_path / "run"), history=past)
+    writers.write(steps.at(3))
+    writers.flush()
+    assert told == [("meshwright-W&B", [1, 2]), ("meshwright-W&B", [3])]
+    writers.close()
 
 
 def test_wandb_draws_histograms(
