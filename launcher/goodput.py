@@ -10,6 +10,7 @@ from typing import Any
 Record = Mapping[str, Any]
 
 _ENDS = ("finished", "stopped", "failed", "interrupted")
+_ASKED_FOR = ("finished", "stopped", "interrupted")  # by a person or a scheduler, who decides when it goes on
 # What is done to a run while no worker lives: no sign that the start before it was still alive.
 _BETWEEN = ("submitted", "replanned", "paused", "restarting", "remedied")
 
@@ -23,7 +24,8 @@ class Ledger:
     init_s: float  # from a start to its first step: imports, weights, restoring
     stall_s: float  # training stood still for a checkpoint
     lost_s: float  # steps that were repeated, and what was under way when a start failed
-    idle_s: float  # from an end to the next start
+    paused_s: float  # from an end that was asked for to the next start
+    idle_s: float  # from any other end to the next start
     other_s: float  # around the steps: metrics, agreeing about stopping, leaving
     lost_steps: int
     num_starts: int
@@ -34,14 +36,20 @@ class Ledger:
         return float(sum(getattr(self, f.name) for f in fields(self) if f.name.endswith("_s")))
 
     @property
+    def waited_s(self) -> float:
+        """What the run did not have its hardware for: a queue and pauses are nobody's fault in training."""
+        return self.queue_s + self.paused_s
+
+    @property
     def goodput(self) -> float:
-        """Productive share of the wall time, 0 to 1."""
-        return self.productive_s / self.wall_s if self.wall_s > 0 else 0.0
+        """Productive share of the wall time without waits, 0 to 1."""
+        counted_s = self.wall_s - self.waited_s
+        return self.productive_s / counted_s if counted_s > 0 else 0.0
 
     def record(self) -> dict[str, Any]:
         """As plain data."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**values, "wall_s": self.wall_s, "goodput": self.goodput}
+        return {**values, "wall_s": self.wall_s, "waited_s": self.waited_s, "goodput": self.goodput}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,7 @@ class Start:
     begun: float
     stepped: float | None
     ended: float
-    failed: bool
+    end: str | None  # the event; None where nobody saw it, or it is to come
 
 
 def ledger(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -> Ledger | None:
@@ -66,13 +74,15 @@ def ledger(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -
     lost_s = sum(event["seconds"] for event in lost) + sum(_cut_off(start, marks) for start in starts)
     init = sum((start.ended if start.stepped is None else start.stepped) - start.begun for start in starts)
     running = sum(start.ended - start.begun for start in starts) - init
+    gaps = [(before.end in _ASKED_FOR, after.begun - before.ended) for before, after in pairwise(starts)]
     return Ledger(
         productive_s=productive,
         queue_s=starts[0].begun - own[0]["time"],
         init_s=init,
         stall_s=stall,
         lost_s=lost_s,
-        idle_s=sum(after.begun - before.ended for before, after in pairwise(starts)),
+        paused_s=sum(seconds for asked_for, seconds in gaps if asked_for),
+        idle_s=sum(seconds for asked_for, seconds in gaps if not asked_for),
         other_s=running - productive - stall - lost_s,
         lost_steps=sum(event["steps"] for event in lost),
         num_starts=len(starts),
@@ -90,23 +100,24 @@ def productive_s(metrics: Sequence[Record]) -> float:
 
 
 class Clock:
-    """Goodput while training: productive seconds so far over the time since the run was created."""
+    """Goodput while training: productive seconds so far over the time since `begun`, as if no wait had been before."""
 
-    def __init__(self, *, created: float, productive_s: float) -> None:
-        self._created = created
+    def __init__(self, *, begun: float, productive_s: float) -> None:
+        self._begun = begun
         self._productive_s = productive_s
 
     def tick(self, seconds: float, *, now: float) -> float:
         """Count a step; return the share."""
         self._productive_s += seconds
-        return self._productive_s / max(now - self._created, self._productive_s)
+        return self._productive_s / max(now - self._begun, self._productive_s)
 
 
-def clock(events: Sequence[Record], metrics: Sequence[Record]) -> Clock | None:
-    """Start to count where the steps in `metrics` end; None for a run without events."""
-    if not events:
+def clock(events: Sequence[Record], metrics: Sequence[Record], *, now: float) -> Clock | None:
+    """Start to count where the steps in `metrics` end; None for a run without a start."""
+    spent = ledger(events, metrics, now=now)
+    if spent is None:
         return None
-    return Clock(created=events[0]["time"], productive_s=productive_s(metrics))
+    return Clock(begun=events[0]["time"] + spent.waited_s, productive_s=spent.productive_s)
 
 
 def lost(metrics: Sequence[Record], *, step: int) -> dict[str, Any] | None:
@@ -142,9 +153,9 @@ def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> 
     begun: float | None = None
     stepped: float | None = None
 
-    def closed(ended: float, *, failed: bool = False) -> Start:
+    def closed(ended: float, *, end: str | None = None) -> Start:
         assert begun is not None
-        return Start(begun=begun, stepped=stepped, ended=ended, failed=failed)
+        return Start(begun=begun, stepped=stepped, ended=ended, end=end)
 
     first, earliest = True, events[0]["time"] if events else 0.0
     for event in events:
@@ -165,7 +176,7 @@ def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> 
             stepped, first = moment, False
         elif name in _ENDS and begun is not None:
             earliest = moment
-            yield closed(moment, failed=name == "failed")
+            yield closed(moment, end=name)
             begun = stepped = None
     if begun is not None:
         yield closed(now)
@@ -173,7 +184,7 @@ def _starts(events: Sequence[Record], marks: Sequence[float], *, now: float) -> 
 
 def _cut_off(start: Start, marks: Sequence[float]) -> float:
     """From the last thing done to the end of a start that failed: a step cut off, or a hang until it was noticed."""
-    if not start.failed or start.stepped is None:
+    if start.end != "failed" or start.stepped is None:
         return 0.0
     last = max((mark for mark in marks if start.begun <= mark <= start.ended), default=start.ended)
     return start.ended - last

@@ -108,7 +108,7 @@ class StepMetrics:
         "reliability/restarts", "Starts of the workers after the first", counter=True
     )
     goodput: float | None = metric(
-        "reliability/goodput", "Share of the time since the run was created in steps that count"
+        "reliability/goodput", "Share of the time in steps that count; queue and pauses are left out"
     )
     checkpoint_age_s: float | None = metric(
         "reliability/checkpoint_age_s",

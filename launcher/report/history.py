@@ -42,7 +42,7 @@ def spans_of(
     for start, after in zip(starts, [*starts[1:], None], strict=False):
         until = last if after is None else after.begun
         of_start = [event for event in events if start.begun <= event["time"] <= until]
-        lost = start.failed or (after is not None and _repeats(events, after))
+        lost = start.end == "failed" or (after is not None and _repeats(events, after))
         found += _of_start(start, of_start, lost=lost)
         if after is not None:
             found.append(Span(kind=DOWN, start_s=start.ended, end_s=after.begun))

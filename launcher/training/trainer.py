@@ -107,7 +107,9 @@ class Trainer:
         try:
             self._cadence.begin()
             if self.ranks.rank == 0:
-                self._clock = goodput.clock(list(self.run.events()), read(self.run.metrics_file))
+                self._clock = goodput.clock(
+                    list(self.run.events()), read(self.run.metrics_file), now=time.time()
+                )
             self._loop()
             self.process.beat("saving", self.step)
             self._saver.settle(last=True)

@@ -108,10 +108,11 @@ def _comparison_lines(comparison: Mapping[str, Mapping[str, float]]) -> list[str
 
 
 def _goodput_line(spent: Mapping[str, Any]) -> str:
-    parts = ("queue", "init", "stall", "lost", "idle", "other")
-    rest = ", ".join(f"{name} {spent[f'{name}_s'] / spent['wall_s']:.1%}" for name in parts)
+    parts = ("init", "stall", "lost", "idle", "other")
+    counted_s = spent["wall_s"] - spent["waited_s"]
+    rest = ", ".join(f"{name} {spent[f'{name}_s'] / counted_s:.1%}" for name in parts)
     starts = f"{spent['num_starts']} start{'s' if spent['num_starts'] > 1 else ''}"
     return (
-        f"goodput    {spent['goodput']:.1%} of {spent['wall_s']:.0f} s in {starts} ({rest}; "
-        f"{spent['lost_steps']} steps repeated)"
+        f"goodput    {spent['goodput']:.1%} of {counted_s:.0f} s in {starts} ({rest}; "
+        f"{spent['lost_steps']} steps repeated), beside {spent['queue_s']:.0f} s in the queue and {spent['paused_s']:.0f} s paused"
     )

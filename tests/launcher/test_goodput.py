@@ -44,14 +44,14 @@ METRICS = [*steps(1, 4, start=30), *steps(5, 10, start=60)]
 def test_every_second_of_a_killed_run_is_somewhere() -> None:
     found = total(ledger(KILLED, METRICS, now=1000))
     assert found.wall_s == 71
-    assert (found.queue_s, found.idle_s) == (10, 4)
+    assert (found.queue_s, found.paused_s, found.idle_s) == (10, 0, 4)
     assert found.init_s == 20 + 15
     assert found.productive_s == 10
     assert found.stall_s == 4
     assert found.lost_s == 3 + 1  # repeated steps, and from the last one to the failure
     assert (found.lost_steps, found.num_starts) == (3, 2)
     assert found.other_s == pytest.approx((41 - 30) + (71 - 60) - 10 - 4 - 4)
-    assert found.goodput == pytest.approx(10 / 71)
+    assert found.goodput == pytest.approx(10 / (71 - 10)), "a queue is no fault of the run"
     assert found.record()["wall_s"] == 71
 
 
@@ -129,8 +129,33 @@ def test_what_will_be_repeated_is_told_before_it_is_forgotten() -> None:
     assert goodput.lost([], step=0) is None
 
 
+@pytest.mark.parametrize("end", ["stopped", "interrupted", "finished"])
+def test_a_pause_that_was_asked_for_is_no_loss(end: str) -> None:
+    events = [
+        *(event(0, "created"), event(5, "launched"), event(10, "started", step=0), event(15, end)),
+        *(event(9000, "launched"), event(9005, "started", step=4), event(9010, "finished")),
+    ]
+    found = total(ledger(events, [*steps(1, 4, start=10), *steps(5, 8, start=9005)], now=9999))
+    assert (found.paused_s, found.idle_s, found.waited_s) == (8985, 0, 8990)
+    assert found.wall_s == 9010
+    assert found.goodput == pytest.approx(8 / 20)
+
+
 def test_a_clock_goes_on_where_the_steps_end() -> None:
-    clock = goodput.clock([event(100, "created")], steps(1, 4, start=130))
+    events = [event(100, "created"), event(120, "launched"), event(130, "started", step=0)]
+    clock = goodput.clock(events, steps(1, 4, start=130), now=140)
     assert clock is not None
-    assert clock.tick(1.0, now=150) == pytest.approx(5 / 50)
-    assert goodput.clock([], []) is None
+    assert clock.tick(1.0, now=150) == pytest.approx(5 / 30)
+    assert goodput.clock([], [], now=0) is None
+
+
+def test_a_clock_agrees_with_the_ledger_behind_a_pause() -> None:
+    events = [
+        *(event(0, "created"), event(10, "launched"), event(20, "started", step=0), event(30, "stopped")),
+        *(event(5000, "launched"), event(5010, "started", step=8)),
+    ]
+    before = steps(1, 8, start=20)
+    clock = goodput.clock(events, before, now=5010)
+    assert clock is not None
+    after = [*before, *steps(9, 9, start=5010)]
+    assert clock.tick(1.0, now=5011) == pytest.approx(total(ledger(events, after, now=5011)).goodput)
