@@ -99,8 +99,8 @@ def _run(words: Sequence[str], folder: Path, *, block: int, num_ranks: int) -> l
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--block", type=int, default=20, help="steps between two turns of the switch")
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--block", type=int, default=60, help="steps between two turns of the switch")
     parser.add_argument("--num-ranks", type=int, default=2)
     parser.add_argument("--record", action="store_true")
     parser.add_argument("words", nargs="*", help="model and training, in the launcher's words")
