@@ -14,7 +14,7 @@ from benchmarks.monitor_overhead import is_on
 from launcher.monitor.metrics import StepMetrics
 from launcher.monitor.node import NodeSampler
 from launcher.monitor.observe import Observer
-from launcher.monitor.tracing import Tracing
+from launcher.monitor.traces.tracing import Tracing
 from launcher.training import worker
 from launcher.training.trainer import Trainer
 

@@ -19,10 +19,10 @@ from launcher.errors import BadLossError
 from launcher.heartbeat import Phase
 from launcher.monitor.metrics import StepMetrics, read
 from launcher.monitor.observe import Looks, Observer, Setting
+from launcher.monitor.sinks.writers import Sink
 from launcher.monitor.spikes import SpikeRule
 from launcher.monitor.system import peak_memory_gib
-from launcher.monitor.tracing import Profiler, Tracing
-from launcher.monitor.writers import Sink
+from launcher.monitor.traces.tracing import Profiler, Tracing
 from launcher.run_dir import RunDir
 from launcher.training.cadence import Cadence
 from launcher.training.saver import Position, RandomState, Saver

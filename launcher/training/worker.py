@@ -40,7 +40,7 @@ from launcher.monitor import log
 from launcher.monitor.alerts import Alerts, Outbox
 from launcher.monitor.metrics import MetricsFile, truncate_after
 from launcher.monitor.progress import Reporter
-from launcher.monitor.writers import About, Sink, open_writers
+from launcher.monitor.sinks.writers import About, Sink, open_writers
 from launcher.provenance import versions
 from launcher.ranks import Ranks, Store
 from launcher.run_dir import RunDir, open_run, write_error

@@ -112,7 +112,8 @@ def _goodput_line(spent: Mapping[str, Any]) -> str:
     counted_s = spent["wall_s"] - spent["waited_s"]
     rest = ", ".join(f"{name} {spent[f'{name}_s'] / counted_s:.1%}" for name in parts)
     starts = f"{spent['num_starts']} start{'s' if spent['num_starts'] > 1 else ''}"
+    waits = f"{spent['queue_s']:.0f} s in the queue and {spent['paused_s']:.0f} s paused"
     return (
         f"goodput    {spent['goodput']:.1%} of {counted_s:.0f} s in {starts} ({rest}; "
-        f"{spent['lost_steps']} steps repeated), beside {spent['queue_s']:.0f} s in the queue and {spent['paused_s']:.0f} s paused"
+        f"{spent['lost_steps']} steps repeated), beside {waits}"
     )

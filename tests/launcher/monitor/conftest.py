@@ -12,7 +12,7 @@ import pytest
 
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import MetricsFile, StepMetrics, truncate_after
-from launcher.monitor.writers import About, open_writers
+from launcher.monitor.sinks.writers import About, open_writers
 
 METRICS = StepMetrics(
     step=1,

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.monitor.bursts import Bursts, Writer
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics, sentence
-from launcher.monitor.mlflow_writer import MlflowWriter
-from launcher.monitor.prometheus_writer import Endpoint, Exposition, Textfile
-from launcher.monitor.tensorboard_writer import TensorBoardWriter
-from launcher.monitor.wandb_writer import WandbWriter, open_wandb, wandb_mode
+from launcher.monitor.sinks.bursts import Bursts, Writer
+from launcher.monitor.sinks.mlflow_writer import MlflowWriter
+from launcher.monitor.sinks.prometheus_writer import Endpoint, Exposition, Textfile
+from launcher.monitor.sinks.tensorboard_writer import TensorBoardWriter
+from launcher.monitor.sinks.wandb_writer import WandbWriter, open_wandb, wandb_mode
 
 WANDB = "W&B"
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import scalars
-from launcher.monitor.tensorboard_writer import TensorBoardWriter
+from launcher.monitor.sinks.tensorboard_writer import TensorBoardWriter
 from strategies.bins import BORDERS
 
 ONLY_TENSORBOARD = MonitorConfig(wandb=False)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from launcher.monitor import prometheus_writer
 from launcher.monitor.config import MonitorConfig
-from launcher.monitor.prometheus_writer import Endpoint, Exposition, Textfile
-from launcher.monitor.writers import open_writers
+from launcher.monitor.sinks import prometheus_writer
+from launcher.monitor.sinks.prometheus_writer import Endpoint, Exposition, Textfile
+from launcher.monitor.sinks.writers import open_writers
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

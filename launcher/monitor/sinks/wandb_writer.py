@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from launcher.files import records
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
-from launcher.monitor.histograms import drawn
 from launcher.monitor.metrics import StepMetrics, scalars, sentence
+from launcher.monitor.sinks.histograms import drawn
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import json, os, sys
 from pathlib import Path
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import MetricsFile, StepMetrics, truncate_after
-from launcher.monitor.writers import About, open_writers
+from launcher.monitor.sinks.writers import About, open_writers
 
 run = Path(sys.argv[1])
 file, ids = run / "metrics" / "metrics.jsonl", []

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from launcher.monitor.groups import ASIDE, NAME
+from launcher.monitor.traces.groups import ASIDE, NAME
 
 STEP = "meshwright step "  # how the steps are marked in a trace
 _MICROSECOND = 1e-6

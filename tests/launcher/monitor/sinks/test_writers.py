@@ -15,7 +15,7 @@ import pytest
 
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics
-from launcher.monitor.writers import Writers, open_writers
+from launcher.monitor.sinks.writers import Writers, open_writers
 
 
 def test_a_missing_package_is_one_line_each(
@@ -74,7 +74,7 @@ def test_a_writer_that_fails_is_dropped_and_the_others_go_on(steps: SimpleNamesp
 def test_neither_torch_nor_tensorflow_is_imported(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from launcher.monitor.writers import About, open_writers\n"
+        "from launcher.monitor.sinks.writers import About, open_writers\n"
         "from launcher.monitor.config import MonitorConfig\n"
         "about = About(directory=Path(sys.argv[1]), settings={}, plan={})\n"
         "import launcher.monitor.log, launcher.monitor.progress, launcher.monitor.system\n"

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from launcher.files import write_whole
 from launcher.monitor.config import MonitorConfig
-from launcher.monitor.groups import attributed, named
 from launcher.monitor.observe import Peers
-from launcher.monitor.trace import STEP, figures, summarise
+from launcher.monitor.traces.groups import attributed, named
+from launcher.monitor.traces.trace import STEP, figures, summarise
 from strategies.spec import Plan
 
 _log = logging.getLogger(__name__)

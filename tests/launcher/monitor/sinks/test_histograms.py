@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.monitor.histograms import drawn
+from launcher.monitor.sinks.histograms import drawn
 from strategies.bins import BORDERS
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.monitor.groups import ASIDE, NAME, attributed, named
+from launcher.monitor.traces.groups import ASIDE, NAME, attributed, named
 from strategies.spec import BESIDE, Plan
 
 

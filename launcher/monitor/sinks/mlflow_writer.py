@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.monitor.hyper_parameters import hyper_parameters
 from launcher.monitor.metrics import StepMetrics, scalars
+from launcher.monitor.sinks.hyper_parameters import hyper_parameters
 
 _AT_ONCE = 1000  # points in a request; MLflow takes no more
 _PARAMETERS_AT_ONCE = 100

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from launcher.monitor import wandb_writer
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
-from launcher.monitor.wandb_writer import WandbWriter, wandb_mode
-from launcher.monitor.writers import open_writers
+from launcher.monitor.sinks import wandb_writer
+from launcher.monitor.sinks.wandb_writer import WandbWriter, wandb_mode
+from launcher.monitor.sinks.writers import open_writers
 from strategies.bins import BORDERS
 
 ONLY_WANDB = MonitorConfig(tensorboard=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.monitor.hyper_parameters import hyper_parameters
+from launcher.monitor.sinks.hyper_parameters import hyper_parameters
 
 
 def test_plain_values_of_training_and_plan_have_dotted_names() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from launcher.monitor.groups import ASIDE
-from launcher.monitor.trace import STEP, figures, summarise
+from launcher.monitor.traces.groups import ASIDE
+from launcher.monitor.traces.trace import STEP, figures, summarise
 
 
 def event(name: str, start: float, end: float, cat: str = "cpu_op", **args: Any) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.monitor import bursts
-from launcher.monitor.bursts import Bursts
 from launcher.monitor.metrics import StepMetrics
+from launcher.monitor.sinks import bursts
+from launcher.monitor.sinks.bursts import Bursts
 
 NEVER_S = 3600.0  # no burst comes by itself
 
@@ -135,5 +135,5 @@ def test_a_writer_that_fails_is_given_up_in_one_line(
 def test_a_failing_close_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     Bursts("x", Broken()).close()
     assert caplog.record_tuples == [
-        ("launcher.monitor.bursts", logging.WARNING, "x could not be closed: still full")
+        ("launcher.monitor.sinks.bursts", logging.WARNING, "x could not be closed: still full")
     ]

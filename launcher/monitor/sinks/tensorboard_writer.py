@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.monitor.histograms import drawn
-from launcher.monitor.hyper_parameters import PLAIN, hyper_parameters
 from launcher.monitor.metrics import StepMetrics, scalars
+from launcher.monitor.sinks.histograms import drawn
+from launcher.monitor.sinks.hyper_parameters import PLAIN, hyper_parameters
 
 
 class TensorBoardWriter:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from launcher.monitor.config import MonitorConfig
-from launcher.monitor.trace import STEP
-from launcher.monitor.tracing import Profiler, Tracing
+from launcher.monitor.traces.trace import STEP
+from launcher.monitor.traces.tracing import Profiler, Tracing
 from strategies.spec import Plan
 
 

@@ -1,0 +1,1 @@
+"""Profiled steps, and what they say of computing and communicating."""
