@@ -67,8 +67,10 @@ def test_the_tree_names_every_file() -> None:
         for path in (REPOSITORY / package).rglob("*.py"):
             if not path.name.startswith("__"):
                 assert re.search(rf"\b{re.escape(path.name)}", tree), f"{path} is not in the README's tree"
-    for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
-        assert list(REPOSITORY.glob(f"*/**/{name}")), f"{name} of the README's tree does not exist"
+    # Not all below the repository: that would be every environment in .venv, and whatever is called alike there.
+    folders = ("launcher", "strategies", "tests", "benchmarks")
+    there = {path.name for folder in folders for path in (REPOSITORY / folder).rglob("*.py")}
+    assert set(re.findall(r"\b([a-z_]+\.py)\b", tree)) <= there, "the README's tree names what does not exist"
 
 
 def test_the_ci_job_is_one() -> None:
