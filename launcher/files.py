@@ -30,6 +30,12 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file.write(b"\n" * torn + json.dumps(record).encode() + b"\n")
 
 
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file, a line each; none where there is no file yet."""
+    if path.exists():
+        yield from records(path.read_text(encoding="utf-8", errors="replace"))
+
+
 def records(text: str) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of `text`, a line each; a torn line is left out."""
     for line in text.splitlines():

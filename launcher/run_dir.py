@@ -22,7 +22,7 @@ from launcher.data.tokens import TokenDataset
 from launcher.decode import decode, encode
 from launcher.environments.interpreter import Interpreter
 from launcher.errors import ConfigError, LauncherError, RunDirError
-from launcher.files import append_record, records, write_whole
+from launcher.files import append_record, read_records, write_whole
 from strategies.spec import Plan
 
 PLAN_FORMAT = 1
@@ -168,8 +168,7 @@ class RunDir:
 
     def events(self) -> Iterator[dict[str, Any]]:
         """All events, oldest first; a torn line is left out."""
-        if self.events_file.exists():
-            yield from records(self.events_file.read_text(encoding="utf-8", errors="replace"))
+        return read_records(self.events_file)
 
 
 _STATES = {

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from launcher.files import append_record, records
+from launcher.files import append_record, read_records
 from launcher.monitor.config import AlertConfig
 from launcher.monitor.metrics import StepMetrics
 from launcher.monitor.reliability import cause_of
@@ -51,9 +51,7 @@ class Outbox:
 
     def told(self) -> list[dict[str, Any]]:
         """Everything told so far, over all starts; lines that a full disk has torn are left out."""
-        if not self._file.exists():
-            return []
-        return list(records(self._file.read_text(encoding="utf-8", errors="replace")))
+        return list(read_records(self._file))
 
     def tell(self, cause: str, text: str, *, step: int | None) -> bool:
         """Tell one cause, unless that was done lately; say whether it was told now.

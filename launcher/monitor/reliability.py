@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.files import records
+from launcher.files import read_records, records
 
 OUT_OF_MEMORY, BAD_LOSS, LOST_RANK, FAILED = "out_of_memory", "bad_loss", "lost_rank", "failed"
 
@@ -27,8 +27,8 @@ def cause_of(event: Mapping[str, Any]) -> str:
 
 def replanned_at(events_file: Path) -> float:
     """Return when the present plan took the place of another one; 0 where it is the first."""
-    text = events_file.read_text(encoding="utf-8", errors="replace") if events_file.exists() else ""
-    return max((event["time"] for event in records(text) if event["event"] == "replanned"), default=0.0)
+    events = read_records(events_file)
+    return max((event["time"] for event in events if event["event"] == "replanned"), default=0.0)
 
 
 class Reliability:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.files import append_record, records, write_whole
+from launcher.files import append_record, read_records, records, write_whole
 
 
 def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
@@ -41,3 +41,8 @@ def test_a_torn_line_takes_nothing_else_with_it(tmp_path: Path, torn: str) -> No
     for number in (2, 3):
         append_record(file, {"n": number})
     assert [record["n"] for record in records(file.read_text())] == [0, 2, 3][torn == "" :]
+    assert list(read_records(file)) == list(records(file.read_text()))
+
+
+def test_a_file_that_is_not_there_has_no_records(tmp_path: Path) -> None:
+    assert list(read_records(tmp_path / "none.jsonl")) == []

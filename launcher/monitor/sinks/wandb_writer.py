@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from launcher.files import records
+from launcher.files import read_records
 from launcher.monitor.alerts import Outbox
 from launcher.monitor.config import MonitorConfig
 from launcher.monitor.metrics import StepMetrics, scalars, sentence
@@ -183,8 +183,7 @@ class WandbWriter:
 def _lineage(events_file: Path) -> list[dict[str, Any]]:
     """Return which checkpoint each checkpoint's start went on from; None is the beginning."""
     origin, found = None, []
-    text = events_file.read_text(encoding="utf-8", errors="replace") if events_file.exists() else ""
-    for event in records(text):
+    for event in read_records(events_file):
         if event["event"] == "resumed":
             origin = event["checkpoint"]
         elif event["event"] == "checkpoint":
