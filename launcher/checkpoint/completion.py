@@ -69,9 +69,8 @@ class Completion:
         sentence = None
         try:
             result = work()
-        except (
-            BaseException
-        ) as error:  # engines wrap a full disk in types of their own, not all of them Exceptions
+        except BaseException as error:
+            # Engines wrap a full disk in types of their own, not all of them Exceptions.
             sentence = str(failure(self.content.step, self.tiers, error))
         found = self.peers.gather((result, sentence))
         if sentences := [sentence for _, sentence in found if sentence is not None]:

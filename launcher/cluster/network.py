@@ -80,9 +80,8 @@ class Door:
             try:
                 visitor, _ = self._socket.accept()
                 visitor.close()
-            except (
-                OSError
-            ):  # of one visitor who has gone again, or for want of descriptors: the next one may come
+            except OSError:
+                # Of one visitor who has gone again, or for want of descriptors: the next one may come.
                 self._closed.wait(_LOOK_S)
 
 

@@ -110,9 +110,8 @@ class Alerts:
             over = self._done.wait(0.5)
             try:
                 self._judge()
-            except (
-                Exception
-            ) as error:  # whatever a rule meets: the others, and later steps, are still watched
+            except Exception as error:
+                # Whatever a rule meets: the others, and later steps, are still watched.
                 self._say_once("the alerts' rules failed", error)
 
     def _judge(self) -> None:

@@ -42,9 +42,8 @@ class MlflowWriter:
         import mlflow
         from mlflow.entities import Metric, Param
 
-        logging.getLogger("urllib3.connectionpool").setLevel(
-            logging.ERROR
-        )  # a line a try; ours comes at the end
+        # It says a line a try; ours comes at the end.
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
         self._metric, self._param = Metric, Param
         directory.mkdir(parents=True, exist_ok=True)
